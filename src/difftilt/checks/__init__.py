@@ -1,0 +1,1 @@
+"""The claims that ``difftilt check`` measures, one file per card or part."""

@@ -1,0 +1,1 @@
+"""Pure functions from rewards (and parents) to advantages or labels."""

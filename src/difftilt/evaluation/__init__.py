@@ -1,0 +1,1 @@
+"""Measuring a model on a task: reward, drift and diversity side by side."""

@@ -1,0 +1,1 @@
+"""Denoisers and their weights: closed-form and small networks, guidance, roles, saving."""

@@ -1,0 +1,32 @@
+"""The currency of every comparison: network evaluations, reward calls and gradient passes."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Ledger:
+    """Counts what a computation cost. One unit is one sample, whatever the batch; padded rows are not counted.
+
+    Attributes:
+        nfe: network function evaluations without gradient; a guided evaluation counts two.
+        reward_calls: samples handed to a reward.
+        gradient_passes: network evaluations through which a gradient flowed back.
+    """
+
+    nfe: int = 0
+    reward_calls: int = 0
+    gradient_passes: int = 0
+
+    def __add__(self, other: "Ledger") -> "Ledger":
+        return Ledger(
+            self.nfe + other.nfe, self.reward_calls + other.reward_calls, self.gradient_passes + other.gradient_passes
+        )
+
+    def __sub__(self, other: "Ledger") -> "Ledger":
+        return Ledger(
+            self.nfe - other.nfe, self.reward_calls - other.reward_calls, self.gradient_passes - other.gradient_passes
+        )
+
+    def copy(self) -> "Ledger":
+        """The counts now, to subtract later."""
+        return Ledger(self.nfe, self.reward_calls, self.gradient_passes)

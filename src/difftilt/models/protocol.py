@@ -1,0 +1,132 @@
+"""What a denoiser, a set of weights by role, and a generative model are."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from difftilt.process.protocol import Condition, Prediction, PredictionKind, Process
+
+Network = Callable[[Tensor, Tensor, Condition], Tensor]
+"""``(x_t, t, condition) -> raw output``, x_t (batch, *shape), t (batch,); an ``nn.Module`` if it has weights."""
+
+
+class Denoiser(Protocol):
+    """A network bound to its process, its guidance and its ledger: what a rollout calls."""
+
+    @property
+    def process(self) -> Process: ...
+
+    def prepare(
+        self, x_t: Shaped[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition
+    ) -> Condition:
+        """Called before every step: returns the condition, with per-trajectory state added or renewed.
+
+        Generated weights and caches live in the returned tree, so they are gathered with the particles, and a new
+        trajectory (whose condition does not hold them yet) can never see stale ones. Identity for plain networks.
+        """
+        ...
+
+    def __call__(
+        self, x_t: Shaped[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition
+    ) -> Prediction:
+        """One network evaluation (two with guidance, in one pass), counted in the ledger."""
+        ...
+
+
+@dataclass(frozen=True)
+class Lagging:
+    """A role that follows another: ``lagging <- d·lagging + (1 - d)·source``.
+
+    Attributes:
+        source: the role that it follows.
+        decay: d as a function of the number of optimiser steps taken so far; 0 copies.
+        every: ``"iteration"``, or an integer: after that many optimiser steps.
+    """
+
+    source: str
+    decay: Callable[[int], float]
+    every: Literal["iteration"] | int = "iteration"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A role that keeps the weights that its source had when training began."""
+
+    source: str = "current"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A role with an optimiser of its own.
+
+    Attributes:
+        source: role whose first weights it copies; None if it brings a network of its own.
+        network: the network of its own (a critic, a discriminator, a process reward model).
+    """
+
+    source: str | None = "current"
+    network: nn.Module | None = None
+
+
+RoleSpec = Lagging | Frozen | Trained
+
+
+class Roles(Protocol):
+    """Weights by role. Copies of a network, or adapters on one backbone: callers cannot tell."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def network(self, role: str) -> Network:
+        """The network that evaluates with the weights of ``role``."""
+        ...
+
+    def parameters(self, role: str) -> Sequence[nn.Parameter]:
+        """The parameters an optimiser of ``role`` moves, in a fixed order."""
+        ...
+
+    def stepped(self, role: str) -> None:
+        """Note that an optimiser has moved the weights of ``role``."""
+        ...
+
+    def blend(self, role: str, source: str, decay: float) -> None:
+        """``role <- decay·role + (1 - decay)·source``; decay 0 copies and makes the two :meth:`same`."""
+        ...
+
+    def same(self, role: str, other: str) -> bool:
+        """True if the two roles are known to hold the same weights: one forward pass then serves both."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor of every role, keyed ``role/name``, in a form ``load_state_dict`` takes back bit for bit."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class GenerativeModel:
+    """A pretrained model as every method sees it: network, process, and the way in and out of its latent space.
+
+    Attributes:
+        network: raw network.
+        process: corruption that it was trained on.
+        output: what its raw output means.
+        shape: of one latent, without the batch.
+        encode: prompts -> condition with one row per prompt; called once per prompt and cached by the caller.
+        decode: latents (batch, *shape) -> media a reward may see; must keep gradients where the model has them.
+        null_condition: batch size -> condition of the unconditional branch of guidance; None if untrained for it.
+        dtype_tokens: True if latents are token indices (int64) rather than floats.
+    """
+
+    network: Network
+    process: Process
+    output: PredictionKind
+    shape: tuple[int, ...]
+    encode: Callable[[Sequence[str]], Condition]
+    decode: Callable[[Tensor], Tensor]
+    null_condition: Callable[[int], Condition] | None = None
+    dtype_tokens: bool = False

@@ -1,0 +1,1 @@
+"""Losses as pure functions, one row in and one row out, each with its equation."""

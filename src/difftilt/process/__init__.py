@@ -1,0 +1,1 @@
+"""Forward corruption and every conversion between the names of a denoiser. Pure mathematics, no networks."""

@@ -1,0 +1,1 @@
+"""Packaged recipes (YAML) and how a recipe becomes typed configuration."""

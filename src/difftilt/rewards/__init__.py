@@ -1,0 +1,1 @@
+"""Scores of decoded samples. One file per family; knows nothing of training."""

@@ -1,0 +1,78 @@
+"""What samples and rewards are. Higher is better; a reward knows nothing of training."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from difftilt.process.protocol import Condition
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All that a reward may see.
+
+    Attributes:
+        media: decoded samples. Floats in [0, 1]: images (batch, channel, height, width), video (batch, frame, channel,
+            height, width), audio (batch, channel, time); tokens (batch, position) int64; vectors (batch, dim).
+        prompts: the user's prompts, one per sample.
+        used_prompts: prompts after rewriting; equal to ``prompts`` where nothing rewrote them.
+        group: index of the group that each sample is compared in; set rewards score one group at a time.
+        condition: condition media (known pixels, a goal), one row per sample, or None.
+        metadata: anything else a testbed wants its reward to see, one entry per sample.
+    """
+
+    media: Shaped[Tensor, "batch ..."]
+    prompts: Sequence[str]
+    used_prompts: Sequence[str]
+    group: Int[Tensor, " batch"]
+    condition: Condition = None
+    metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a reward can do, so that a method it cannot serve is refused before any work.
+
+    Attributes:
+        differentiable: gradients flow from the score to ``samples.media``.
+        set_valued: scores sets, not samples: ``score`` then returns one number per group.
+        features: offers ``features(samples)`` for diversity and set statistics.
+        trained: has ``update`` and ``snapshot``.
+        cost: rough cost of one call in network evaluations; only ranks rewards.
+    """
+
+    differentiable: bool = False
+    set_valued: bool = False
+    features: bool = False
+    trained: bool = False
+    cost: float = 0.0
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores samples. A plain function of :class:`Samples` is made one by ``rewards.as_reward``."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def score(self, samples: Samples) -> Float[Tensor, " scores"]:
+        """(batch,) scores in float32; (groups,) for a set-valued reward, in order of group index."""
+        ...
+
+
+class TrainedReward(Reward, Protocol):
+    """A reward that learns beside the model."""
+
+    def update(self, samples: Samples) -> Mapping[str, float]:
+        """Learn from the newest samples; returns metrics."""
+        ...
+
+    def snapshot(self) -> Reward:
+        """A frozen copy that later updates do not touch."""
+        ...

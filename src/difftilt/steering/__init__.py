@@ -1,0 +1,1 @@
+"""One file per steerer, and the parts they share: particles, resampling, potentials."""

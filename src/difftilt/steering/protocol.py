@@ -1,0 +1,83 @@
+"""What particles and a steerer are. A steerer spends computation at sampling time; the weights stay frozen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from difftilt.models.ledger import Ledger
+from difftilt.models.protocol import Denoiser
+from difftilt.process.protocol import Condition, Prediction
+from difftilt.rewards.protocol import Reward
+from difftilt.training.protocol import NoiseSource, Task
+from difftilt.trees import Batched
+
+
+@dataclass(frozen=True)
+class Particles(Batched):
+    """All that moves together when particles are gathered: ``trees.take(particles, ancestors)``.
+
+    Particles of several prompts stand in one flat batch; ``group`` says whose they are.
+
+    Attributes:
+        x: states at the present time.
+        group: prompt that the particle belongs to.
+        condition: with per-trajectory state.
+        log_weight: carried log-weights, float64; never dropped when resampling is skipped.
+        prediction: cached network prediction at (x, t), or None when stale.
+        memory: named tensors per particle (reward history, running sums, solver memory).
+    """
+
+    x: Shaped[Tensor, "particles *shape"]
+    group: Int[Tensor, " particles"]
+    condition: Condition
+    log_weight: Float[Tensor, " particles"]
+    prediction: Prediction | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+@dataclass(frozen=True)
+class Steered:
+    """The outcome of steering a batch of prompts.
+
+    Attributes:
+        x_0: all particles, (prompts · particles, *shape), prompts outermost.
+        media: decoded.
+        group: prompt of each particle.
+        weight: normalised in each group, float64; equal after a final resampling.
+        rewards: r(x_0) of each particle.
+        best: for each prompt the row with the highest reward.
+        log_z: estimate of log E_p[exp(r / temperature)] for each prompt; NaN where a method has none.
+        ess: effective sample size of each prompt before each weighting, (times, prompts).
+        ancestors: distinct first ancestors alive at each weighting, (times, prompts).
+        ledger: NFE and reward calls of the whole call.
+    """
+
+    x_0: Tensor
+    media: Tensor
+    group: Tensor
+    weight: Tensor
+    rewards: Tensor
+    best: Tensor
+    log_z: Tensor
+    ess: Tensor
+    ancestors: Tensor
+    ledger: Ledger
+
+
+class Steerer(Protocol):
+    """A named inference-time algorithm."""
+
+    def steer(
+        self, task: Task, denoise: Denoiser, reward: Reward, prompts: Sequence[str], noise: NoiseSource
+    ) -> Steered:
+        """Sample for every prompt; weights of the model are not touched."""
+        ...
+
+
+class Fitted(Steerer, Protocol):
+    """A steerer with a learned part, which ``difftilt train`` fits with the phases of any method."""
+
+    def fit_state(self) -> Mapping[str, Tensor]: ...

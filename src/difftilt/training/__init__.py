@@ -1,0 +1,1 @@
+"""The one loop and what it owns: experience, phases, checkpoints, monitors, metrics."""

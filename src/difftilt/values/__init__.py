@@ -1,0 +1,1 @@
+"""Scores of noisy states, all with one signature."""
