@@ -1,6 +1,6 @@
 """The currency of every comparison: network evaluations, reward calls and gradient passes."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 
 @dataclass
@@ -11,22 +11,20 @@ class Ledger:
         nfe: network function evaluations without gradient; a guided evaluation counts two.
         reward_calls: samples handed to a reward.
         gradient_passes: network evaluations through which a gradient flowed back.
+        auxiliary_calls: evaluations of other networks (hypernetworks, process reward models).
     """
 
     nfe: int = 0
     reward_calls: int = 0
     gradient_passes: int = 0
+    auxiliary_calls: int = 0
 
     def __add__(self, other: "Ledger") -> "Ledger":
-        return Ledger(
-            self.nfe + other.nfe, self.reward_calls + other.reward_calls, self.gradient_passes + other.gradient_passes
-        )
+        return Ledger(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def __sub__(self, other: "Ledger") -> "Ledger":
-        return Ledger(
-            self.nfe - other.nfe, self.reward_calls - other.reward_calls, self.gradient_passes - other.gradient_passes
-        )
+        return Ledger(*(mine - theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def copy(self) -> "Ledger":
         """The counts now, to subtract later."""
-        return Ledger(self.nfe, self.reward_calls, self.gradient_passes)
+        return replace(self)

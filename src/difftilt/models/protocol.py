@@ -1,31 +1,49 @@
 """What a denoiser, a set of weights by role, and a generative model are."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from difftilt.models.ledger import Ledger
 from difftilt.process.protocol import Condition, Prediction, PredictionKind, Process
+from difftilt.trees import Batched
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]
 """``(x_t, t, condition) -> raw output``, x_t (batch, *shape), t (batch,); an ``nn.Module`` if it has weights."""
 
 
+@dataclass(frozen=True)
+class Stateful(Batched):
+    """A condition with per-trajectory state beside it; both branches of guidance share the state."""
+
+    condition: Condition
+    state: Condition
+
+
 class Denoiser(Protocol):
-    """A network bound to its process, its guidance and its ledger: what a rollout calls."""
+    """A network bound to its process, its guidance and its ledger: what a rollout calls.
+
+    Guidance 1 evaluates the conditional branch only, 0 the unconditional one only (one evaluation each), any other
+    scale both in one pass.
+    """
 
     @property
     def process(self) -> Process: ...
+
+    @property
+    def ledger(self) -> Ledger: ...
 
     def prepare(
         self, x_t: Shaped[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition
     ) -> Condition:
         """Called before every step: returns the condition, with per-trajectory state added or renewed.
 
-        Generated weights and caches live in the returned tree, so they are gathered with the particles, and a new
-        trajectory (whose condition does not hold them yet) can never see stale ones. Identity for plain networks.
+        Delegates to ``network.prepare(x_t, t, condition)`` where the network has it, else the identity. State is
+        returned as :class:`Stateful`, so it is gathered with the particles, and a new trajectory (whose condition is
+        not stateful yet) can never see a stale one.
         """
         ...
 
@@ -42,7 +60,7 @@ class Lagging:
 
     Attributes:
         source: the role that it follows.
-        decay: d as a function of the number of optimiser steps taken so far; 0 copies.
+        decay: d as a function of the number of optimiser steps that the source has taken so far; 0 copies.
         every: ``"iteration"``, or an integer: after that many optimiser steps.
     """
 
@@ -53,9 +71,10 @@ class Lagging:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A role that keeps the weights that its source had when training began."""
+    """A role that keeps the weights that its source had when training began, or a network of its own (a teacher)."""
 
     source: str = "current"
+    network: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -65,23 +84,32 @@ class Trained:
     Attributes:
         source: role whose first weights it copies; None if it brings a network of its own.
         network: the network of its own (a critic, a discriminator, a process reward model).
+        optimizer: settings that differ from the run's (``lr``, ``betas``, ``weight_decay``, ``max_grad_norm``).
     """
 
     source: str | None = "current"
     network: nn.Module | None = None
+    optimizer: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 RoleSpec = Lagging | Frozen | Trained
 
 
 class Roles(Protocol):
-    """Weights by role. Copies of a network, or adapters on one backbone: callers cannot tell."""
+    """Weights by role. Copies of a network, or adapters on one backbone: callers cannot tell.
+
+    Roles are made in the order of their declaration, after ``current`` and ``reference``; a source must come earlier.
+    """
 
     @property
     def names(self) -> Sequence[str]: ...
 
     def network(self, role: str) -> Network:
         """The network that evaluates with the weights of ``role``."""
+        ...
+
+    def module(self, role: str) -> nn.Module:
+        """The module behind a role that brought a network of its own signature (a critic)."""
         ...
 
     def parameters(self, role: str) -> Sequence[nn.Parameter]:

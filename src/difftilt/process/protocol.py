@@ -41,11 +41,20 @@ class Prediction(Protocol):
 
 
 class Process(Protocol):
-    """Forward corruption of clean samples, and all conversions between the ways of naming its denoiser."""
+    """Forward corruption of clean samples, and all conversions between the ways of naming its denoiser.
+
+    ``GaussianProcess`` adds alpha, sigma, targets and conditional re-noising with its velocity; ``MaskedProcess`` the
+    mask probability and relaxed states (batch, position, vocab + 1), which its ``predict`` takes as well as tokens.
+    """
 
     @property
     def noise_law(self) -> NoiseLaw:
         """The law of the noise that :meth:`corrupt`, :meth:`renoise` and :meth:`prior` consume."""
+        ...
+
+    @property
+    def point_prior(self) -> bool:
+        """True if x_1 is always the same state (all mask), so that a tree of trajectories has one root."""
         ...
 
     def prior(self, noise: Float[Tensor, "batch *shape"]) -> Shaped[Tensor, "batch *shape"]:

@@ -8,11 +8,12 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from difftilt.process.protocol import Condition
+from difftilt.trees import take
 
 
 @dataclass(frozen=True)
 class Samples:
-    """All that a reward may see.
+    """All that a reward may see. For differentiable rewards tokens may come relaxed, float (batch, position, vocab).
 
     Attributes:
         media: decoded samples. Floats in [0, 1]: images (batch, channel, height, width), video (batch, frame, channel,
@@ -30,6 +31,29 @@ class Samples:
     group: Int[Tensor, " batch"]
     condition: Condition = None
     metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
+
+    def take(self, index: Int[Tensor, " rows"]) -> "Samples":
+        """Rows ``index`` of everything, prompts and metadata included."""
+        rows: list[int] = index.tolist()
+        return Samples(
+            self.media[index],
+            [self.prompts[i] for i in rows],
+            [self.used_prompts[i] for i in rows],
+            self.group[index],
+            take(self.condition, index),
+            {key: [values[i] for i in rows] for key, values in self.metadata.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of samples, float32 (batch,): the total and each component before weighting.
+
+    For a set-valued reward every sample carries the score of the set it belongs to.
+    """
+
+    total: Float[Tensor, " samples"]
+    components: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,6 +87,18 @@ class Reward(Protocol):
 
     def score(self, samples: Samples) -> Float[Tensor, " scores"]:
         """(batch,) scores in float32; (groups,) for a set-valued reward, in order of group index."""
+        ...
+
+
+class SetReward(Reward, Protocol):
+    """A reward of a set, split so that a search over sets encodes every sample once."""
+
+    def features(self, samples: Samples) -> Float[Tensor, "batch dim"]:
+        """Embedding of each sample; counts as one reward call per sample."""
+        ...
+
+    def score_features(self, features: Float[Tensor, "batch dim"]) -> float:
+        """Score of the set with these embeddings; free in the ledger."""
         ...
 
 

@@ -46,8 +46,11 @@ class Step(Protocol):
         *,
         reduce: Reduction,
         mask: Bool[Tensor, "batch *shape"] | None = None,
+        clamp: tuple[float, float] | None = None,
     ) -> Float[Tensor, " batch"]:
-        """Log density of x_s in nats, float32 or better. ``mask`` keeps the dimensions where it is True.
+        """Log density of x_s in nats, float32 or better.
+
+        ``mask`` keeps the dimensions where it is True; ``clamp`` bounds each dimension's term before the reduction.
 
         Raises:
             ValueError: if the step is deterministic: it has no density.
@@ -99,8 +102,32 @@ class Solver(Protocol):
         ...
 
 
-Guide = Callable[[Prediction, Tensor, Tensor, Tensor, Condition, Step], Tensor]
-"""``guide(prediction, x_t, t, s, condition, step) -> delta`` for ``step.shift``; runs with gradients enabled."""
+@dataclass(frozen=True)
+class Moment:
+    """What is known in a rollout just before a state is drawn.
+
+    Attributes:
+        prediction, x_t, t, s, condition: of the rows that take this step.
+        step: the step's law, not yet shifted.
+        index: global sample index of each row.
+        position: index of the step on its grid, (rows,) or one for all.
+    """
+
+    prediction: Prediction
+    x_t: Tensor
+    t: Tensor
+    s: Tensor
+    condition: Condition
+    step: Step
+    index: Tensor
+    position: int | Tensor
+
+
+Guide = Callable[[Moment], Tensor | None]
+"""What ``step.shift`` adds before the draw, or None for nothing; called with gradients enabled."""
+
+Observe = Callable[[Moment, Tensor], None]
+"""Called with each moment and the state that was drawn: to cache predictions or to record more than edges hold."""
 
 Project = Callable[[Tensor, Tensor, Condition], Tensor]
 """``project(x_s, s, condition) -> x_s``: imposes known pixels, goals or past actions on the drawn state."""
@@ -119,8 +146,8 @@ class Edges(Batched):
         x_s: state at s, exactly as stored: its log-probability was computed from this value.
         log_prob: behaviour log-probability of x_s under the preset's convention.
         mean: mean of the behaviour step, recorded only when asked for.
-        parent: row of the edge that ends where this one starts; -1 at a root.
-        mask: False where an edge carries no gradient (pruning); None means all True.
+        parent: row of the nearest recorded edge before this one on its path; -1 if there is none.
+        mask: False where an edge carries no gradient (pruning): it never reaches a loss and is not counted.
         advantage: (edges, terms), filled by credit; one column per clipped term.
         extras: further tensors, indexed and saved with the rest.
     """
@@ -143,6 +170,8 @@ class Edges(Batched):
 class Trajectory:
     """The outcome of a rollout.
 
+    Leaves of one root stand together, in the order of the roots; the noise of a shared node is keyed by its first leaf.
+
     Attributes:
         x_0: finished samples (the leaves, where the rollout branched).
         root: for each sample the row of ``x_T`` that it grew from; arange without branching.
@@ -158,3 +187,32 @@ class Trajectory:
     edges: Edges
     last_edge: Int[Tensor, " samples"]
     ledger: Ledger
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a task samples when a method does not say otherwise.
+
+    Attributes:
+        grid: times from 1 to 0, float64, shape (steps + 1,).
+        solver: ODE solver (continuous processes); None where only the kernel applies (tokens).
+        kernel: stochastic kernel of plain sampling.
+        guidance: scale of classifier-free guidance; 1 is off.
+    """
+
+    grid: Float[Tensor, " times"]
+    kernel: Kernel
+    solver: Solver | None = None
+    guidance: float = 1.0
+
+
+class NoiseSource(Protocol):
+    """Noise of one iteration: a pure function of (seed, iteration, purpose, sample index, step)."""
+
+    def normal(self, index: Tensor, shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0) -> Tensor:
+        """Standard normal float32 (len(index), *shape)."""
+        ...
+
+    def uniform(self, index: Tensor, shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0) -> Tensor:
+        """Uniform float32 on (0, 1), (len(index), *shape)."""
+        ...

@@ -11,7 +11,8 @@ from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.process.protocol import Condition, Prediction
 from difftilt.rewards.protocol import Reward
-from difftilt.training.protocol import NoiseSource, Task
+from difftilt.sampling.protocol import NoiseSource
+from difftilt.training.protocol import Task
 from difftilt.trees import Batched
 
 
@@ -50,7 +51,7 @@ class Steered:
         rewards: r(x_0) of each particle.
         best: for each prompt the row with the highest reward.
         log_z: estimate of log E_p[exp(r / temperature)] for each prompt; NaN where a method has none.
-        ess: effective sample size of each prompt before each weighting, (times, prompts).
+        ess: effective sample size of each prompt at each weighting, (times, prompts); no rows if it never weights.
         ancestors: distinct first ancestors alive at each weighting, (times, prompts).
         ledger: NFE and reward calls of the whole call.
     """

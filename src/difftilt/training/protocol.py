@@ -10,26 +10,9 @@ from torch import Tensor
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser, GenerativeModel, Roles, RoleSpec
 from difftilt.process.protocol import Condition
-from difftilt.rewards.protocol import Reward
-from difftilt.sampling.protocol import Edges, Kernel, Solver
+from difftilt.rewards.protocol import Reward, Samples, Scores
+from difftilt.sampling.protocol import Edges, NoiseSource, Sampler
 from difftilt.trees import Batched
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How a task samples when a method does not say otherwise.
-
-    Attributes:
-        grid: times from 1 to 0, float64, shape (steps + 1,).
-        solver: ODE solver (continuous processes); None where only the kernel applies (tokens).
-        kernel: stochastic kernel of plain sampling.
-        guidance: scale of classifier-free guidance; 1 is off.
-    """
-
-    grid: Float[Tensor, " times"]
-    kernel: Kernel
-    solver: Solver | None = None
-    guidance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +27,8 @@ class Task:
         sampler: default sampling for rollout and evaluation.
         features: media -> (batch, dim) float features for diversity; default is the flattened media.
         temperature: beta of the tilted target where the testbed knows it exactly; None otherwise.
+        data: offline experience for methods that learn from it (preferred samples, scored groups).
+        environment: for control; its rewards take the place of ``reward``.
     """
 
     name: str
@@ -55,6 +40,8 @@ class Task:
     heldout: Mapping[str, Reward] = field(default_factory=dict[str, Reward])
     features: Callable[[Tensor], Tensor] | None = None
     temperature: float | None = None
+    data: "Experience | None" = None
+    environment: "Environment | None" = None
 
 
 @dataclass(frozen=True)
@@ -75,15 +62,7 @@ class PromptBatch(Batched):
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Rewards of this process's samples: the weighted total and each component, float32 (samples,)."""
-
-    total: Float[Tensor, " samples"]
-    components: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Experience(Batched):
+class Experience:
     """The one record from rollout to loss: fields per sample, and ``edges`` with one row per term of a loss.
 
     An edge is a transition, or for forward-process methods one noise level of one sample. Offline methods load the
@@ -92,14 +71,14 @@ class Experience(Batched):
     Attributes:
         index, group, prompt, condition: as in :class:`PromptBatch`.
         x_0: clean latents; None for methods that sample inside their loss.
-        rewards, components: as in :class:`Scores`.
+        rewards, components: as in :class:`Scores`; None where the loss scores its own samples.
         edges: terms of the loss; ``edges.sample`` points to rows of this record.
         weight: importance of each sample; None means 1.
         pair: row of the other member of a preference pair, or -1.
         label: method's own target in [0, 1] or {-1, +1} (an optimality probability, membership of D+ or D-).
         media: decoded samples, kept only when asked for.
         value, terminated, truncated: environment steps only.
-        extras: further tensors per sample, indexed and saved with the rest.
+        extras: further trees per sample (tensors, conditions), indexed and saved with the rest.
     """
 
     index: Int[Tensor, " samples"]
@@ -107,7 +86,7 @@ class Experience(Batched):
     prompt: Int[Tensor, " samples"]
     condition: Condition
     x_0: Shaped[Tensor, "samples *shape"] | None
-    rewards: Float[Tensor, " samples"]
+    rewards: Float[Tensor, " samples"] | None
     components: dict[str, Tensor]
     edges: Edges
     weight: Float[Tensor, " samples"] | None = None
@@ -117,10 +96,18 @@ class Experience(Batched):
     value: Float[Tensor, " samples"] | None = None
     terminated: Tensor | None = None
     truncated: Tensor | None = None
-    extras: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    extras: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def rows(self, edge: Int[Tensor, " rows"]) -> "Experience":
-        """The given edges with per-sample fields repeated, so that row i of every field belongs to edge i."""
+        """The given edges with per-sample fields repeated, so that row i of every field belongs to edge i.
+
+        ``pair`` points to the row of the partner at the same step within the result, or is -1 if it is not there;
+        ``edges.parent`` means nothing after this.
+        """
+        ...
+
+    def take(self, sample: Int[Tensor, " kept"]) -> "Experience":
+        """The record restricted to the given samples and their edges, with all pointers renumbered."""
         ...
 
 
@@ -153,34 +140,27 @@ class Phase:
     """One optimiser's turn in an iteration.
 
     Attributes:
-        role: whose weights move.
-        loss: rows of experience -> loss. ``rows`` come from :meth:`Experience.rows`.
-        unit: what stays together when the experience is shuffled and split.
-        updates: optimiser steps per iteration, over disjoint parts of the experience.
-        epochs: passes over the experience.
+        role: whose weights move; several roles step together on one loss (an actor and its critic).
+        loss: (rows, noise) -> loss. ``rows`` come from :meth:`Experience.rows`; ``noise`` is new in each epoch.
+        unit: what stays together when the experience is shuffled and split, microbatches included.
+        updates: optimiser steps per epoch, over disjoint parts of the experience. Methods whose roles alternate use 1.
+        epochs: passes over the experience in one iteration.
+        select: experience -> edges that this phase trains on; None is all that are not masked.
+        before: the rows of one whole update -> the same rows, changed: statistics of an update go here (with
+            ``run.jointly``), never into ``loss``, which sees a microbatch.
         when: iteration -> whether the phase runs.
         stop: means of the metrics of the last update -> whether to end the phase early (a KL limit).
     """
 
-    role: str
-    loss: Callable[[Experience], Loss]
+    role: str | tuple[str, ...]
+    loss: "Callable[[Experience, NoiseSource], Loss]"
     unit: Literal["edge", "sample", "group"] = "edge"
     updates: int = 1
     epochs: int = 1
+    select: Callable[[Experience], Tensor] | None = None
+    before: Callable[[Experience], Experience] | None = None
     when: Callable[[int], bool] = lambda iteration: True
     stop: Callable[[Mapping[str, float]], bool] | None = None
-
-
-class NoiseSource(Protocol):
-    """Noise of one iteration: a pure function of (seed, iteration, purpose, sample index, step)."""
-
-    def normal(self, index: Tensor, shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0) -> Tensor:
-        """Standard normal float32 (len(index), *shape)."""
-        ...
-
-    def uniform(self, index: Tensor, shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0) -> Tensor:
-        """Uniform float32 on (0, 1), (len(index), *shape)."""
-        ...
 
 
 class Run(Protocol):
@@ -206,23 +186,67 @@ class Run(Protocol):
         ...
 
     def prompts(self, groups: int, size: int) -> PromptBatch:
-        """This process's share of ``groups`` prompts, ``size`` samples each; fixed by seed and iteration."""
+        """This process's share of ``groups`` prompts, ``size`` samples each; fixed by seed and iteration.
+
+        A group never straddles processes.
+        """
         ...
 
-    def score(self, x_0: Tensor, batch: PromptBatch) -> Scores:
-        """Decode and score; raises ``RewardError`` for anything that is not a finite score per sample."""
+    def samples(self, x_0: Tensor, batch: PromptBatch | Experience) -> Samples:
+        """Decode latents into what a reward may see; gradients flow where grad mode is on."""
+        ...
+
+    def score(self, samples: Samples) -> Scores:
+        """Score; raises ``RewardError`` for anything that is not a finite score per sample."""
+        ...
+
+    def gather(self, *columns: Tensor) -> tuple[Tensor, ...]:
+        """The columns of all processes, in the order of processes, which is the order of the global index."""
         ...
 
     def jointly(self, function: Callable[..., Any], *columns: Tensor) -> Any:
-        """Apply a pure function to the columns of all processes and return this process's rows of its tensor results.
+        """Apply a pure function to the gathered columns and return this process's rows of its tensor results.
 
-        Credit runs here, so that group statistics are the same for any number of processes.
+        Credit runs here, so that group statistics are the same for any number of processes. Columns of one call share
+        one length, of samples or of edges.
         """
         ...
 
 
+class Environment(Protocol):
+    """A vectorised environment: a batch of observations as conditions, stepped with action chunks."""
+
+    def observe(self) -> PromptBatch:
+        """The present observation of every instance of this process; ``group`` numbers its episode."""
+        ...
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Condition]:
+        """(reward, terminated, truncated, final observation), each with one row per instance; finished ones restart."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
 class Method(Protocol):
-    """A named training algorithm: ``collect`` makes experience, ``phases`` learn from it. The loop does the rest."""
+    """A named training algorithm: ``collect`` makes experience, ``phases`` learn from it. The loop does the rest.
+
+    ``training.MethodBase`` has the defaults of everything but ``collect`` and ``phases``.
+    """
+
+    @property
+    def evaluated_role(self) -> str:
+        """The role that is evaluated, saved for use, and whose drift is reported; ``current`` by default."""
+        ...
+
+    def adapt(self, model: GenerativeModel) -> GenerativeModel:
+        """The model to train, before roles are made: where adapters and hypernetworks go in. Identity by default."""
+        ...
+
+    def sampler(self, task: Task) -> Sampler:
+        """How the result is meant to be sampled; the task's sampler by default."""
+        ...
 
     def roles(self) -> Mapping[str, RoleSpec]:
         """Roles besides ``current`` and ``reference``, which always exist."""
@@ -233,11 +257,11 @@ class Method(Protocol):
         ...
 
     def phases(self, run: Run) -> Sequence[Phase]:
-        """In order. Most methods have one."""
+        """In order; asked anew in every iteration."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the method remembers between iterations (a reward history), saved in every checkpoint."""
+        """What the method remembers between iterations, equal on all processes; part of every checkpoint."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...

@@ -11,8 +11,8 @@ from difftilt.process.protocol import Condition, Prediction
 class Value(Protocol):
     """``(x_t, t, condition, prediction) -> (batch,)`` in units of the reward.
 
-    ``prediction`` is the network's at (x_t, t), already paid for; values that need further evaluations count them
-    in the ledger of the denoiser they hold.
+    ``prediction`` is the network's at (x_t, t), already paid for, or None where there is none (t = 0). Values that need
+    further evaluations count them in the ledger of the denoiser they hold.
     """
 
     def __call__(
@@ -20,5 +20,5 @@ class Value(Protocol):
         x_t: Shaped[Tensor, "batch *shape"],
         t: Float[Tensor, " batch"],
         condition: Condition,
-        prediction: Prediction,
+        prediction: Prediction | None,
     ) -> Float[Tensor, " batch"]: ...

@@ -1,0 +1,118 @@
+"""Noise as an input: a pure function of (seed, iteration, purpose, sample index, step).
+
+The generator is counter-based: a 64-bit key is hashed from the coordinates, and element e of a tensor is the SplitMix64
+finaliser of key + (e + 1)·golden (Steele, Lea and Flood 2014), turned into normals by Box and Muller. So the noise of a
+sample is the same in any batch, in any order, in any process and on any device, and nothing global is touched.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_WORD = (1 << 64) - 1
+
+
+def _signed(value: int) -> int:
+    """The two's complement int64 of a 64-bit word."""
+    value &= _WORD
+    return value - (1 << 64) if value >> 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_xor(z: Tensor, bits: int) -> Tensor:
+    # int64 shifts are arithmetic: the mask makes them logical
+    return z ^ ((z >> bits) & ((1 << (64 - bits)) - 1))
+
+
+def _mix(z: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """SplitMix64 finaliser: a bijection of 64-bit words with full avalanche."""
+    z = _shift_xor(z, 30) * _MIX_1
+    z = _shift_xor(z, 27) * _MIX_2
+    return _shift_xor(z, 31)
+
+
+def _word_of(text: str) -> int:
+    """FNV-1a of the text: Python's own hash differs from process to process."""
+    word = 0xCBF29CE484222325
+    for byte in text.encode():
+        word = ((word ^ byte) * 0x100000001B3) & _WORD
+    return _signed(word)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of one iteration of one run.
+
+    Attributes:
+        seed: of the run.
+        iteration: of the training loop, 0 for a single call.
+    """
+
+    seed: int
+    iteration: int = 0
+
+    def at(self, iteration: int) -> "Noise":
+        """The noise of another iteration."""
+        return Noise(self.seed, iteration)
+
+    def _keys(self, index: Tensor, purpose: str, step: int | Tensor) -> Int[Tensor, " rows"]:
+        device = index.device
+        start = torch.tensor([_signed(self.seed)], dtype=torch.int64, device=device)
+        key = _mix(_mix(start + _GOLDEN) + _word_of(purpose))
+        key = _mix(key + _signed(self.iteration * _GOLDEN))
+        key = _mix(key + index.long() * _GOLDEN)
+        steps = step.to(device).long() if isinstance(step, Tensor) else torch.full_like(key, step)
+        return _mix(key + steps * _GOLDEN)
+
+    def _words(self, index: Tensor, count: int, purpose: str, step: int | Tensor) -> Int[Tensor, "rows words"]:
+        counter = torch.arange(1, count + 1, dtype=torch.int64, device=index.device) * _GOLDEN
+        return _mix(self._keys(index, purpose, step)[:, None] + counter)
+
+    def uniform(
+        self, index: Int[Tensor, " rows"], shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0
+    ) -> Float[Tensor, "rows *noise"]:
+        """Uniform float32 on the open interval (0, 1), shape (rows, *shape).
+
+        Args:
+            index: global index of each sample.
+            shape: of the noise of one sample.
+            purpose: name of what the noise is for; different names are independent.
+            step: index of the step, one for all rows or (rows,).
+        """
+        words = self._words(index, math.prod(shape), purpose, step)
+        # 23 bits and a half: the largest value, 1 - 2^-24, is still below 1 in float32
+        unit = ((words >> 41) & 0x7FFFFF).float().add_(0.5).mul_(2.0**-23)
+        return unit.reshape(len(index), *shape)
+
+    def normal(
+        self, index: Int[Tensor, " rows"], shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0
+    ) -> Float[Tensor, "rows *noise"]:
+        """Standard normal float32, shape (rows, *shape); arguments as in :meth:`uniform`."""
+        size = math.prod(shape)
+        words = self._words(index, (size + 1) // 2, purpose, step)
+        radius = ((words >> 40) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+        angle = ((words >> 8) & 0xFFFFFF).float().mul_(2 * math.pi * 2.0**-24)
+        both = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
+        return both[:, :size].reshape(len(index), *shape)
+
+    def permutation(self, count: int, *, purpose: str, step: int = 0) -> Int[Tensor, " count"]:
+        """A uniformly random permutation of 0..count-1 on the CPU."""
+        words = self._words(torch.zeros(1, dtype=torch.int64), count, purpose, step)[0]
+        return words.argsort(stable=True)
+
+
+def siblings(
+    shared: Float[Tensor, "rows *noise"], own: Float[Tensor, "rows *noise"], spread: float
+) -> Float[Tensor, "rows *noise"]:
+    """(shared + spread·own) / sqrt(1 + spread²): N(0, I) marginals, correlation 1/(1 + spread²) between siblings.
+
+    ``spread`` 0 gives clones, infinity independence (BranchGRPO, arXiv 2509.06040).
+    """
+    return (shared + spread * own) / math.sqrt(1 + spread**2)
