@@ -1,1 +1,31 @@
 """Losses as pure functions, one row in and one row out, each with its equation."""
+
+from difftilt.objectives.kl import KLMode, exact_kl, flow_grpo_kl, mean_gap, sde_kl, step_kl, velocity_gap
+from difftilt.objectives.nft import NFTLoss, NFTSpace, nft_loss
+from difftilt.objectives.policy_gradient import (
+    Surrogate,
+    clipped_surrogate,
+    divided_by_time,
+    guard_log_ratio,
+    reinforce,
+    surrogate_of_ratio,
+)
+
+__all__ = [
+    "KLMode",
+    "NFTLoss",
+    "NFTSpace",
+    "Surrogate",
+    "clipped_surrogate",
+    "divided_by_time",
+    "exact_kl",
+    "flow_grpo_kl",
+    "guard_log_ratio",
+    "mean_gap",
+    "nft_loss",
+    "reinforce",
+    "sde_kl",
+    "step_kl",
+    "surrogate_of_ratio",
+    "velocity_gap",
+]

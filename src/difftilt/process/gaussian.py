@@ -15,6 +15,8 @@ from torch import Tensor
 from difftilt.process.protocol import NoiseLaw, PredictionKind
 from difftilt.trees import Batched
 
+NO_LOGITS = "a Gaussian process has no logits: its predictions are epsilon, x0, v, velocity or score"
+
 
 def expand(coefficient: Float[Tensor, " batch"], like: Tensor) -> Tensor:
     """(batch,) -> (batch, 1, ..., 1) in the dtype and on the device of ``like``, to broadcast over its dimensions."""
@@ -98,9 +100,22 @@ class GaussianProcess:
         t: Float[Tensor, " batch"],
         noise: Float[Tensor, "batch *shape"],
     ) -> Float[Tensor, "batch *shape"]:
-        """What a network of the named kind should say at ``corrupt(x_0, t, noise)``."""
-        exact = GaussianPrediction(self, x_0, "x0", self.corrupt(x_0, t, noise), t)
-        return noise if kind == "epsilon" else exact.as_kind(kind)
+        """What a network of the named kind should say at ``corrupt(x_0, t, noise)``.
+
+        Written from the pair (x_0, noise), so it is exact where conversions are singular (v at t = 0).
+        """
+        if kind == "epsilon":
+            return noise
+        if kind == "x0":
+            return x_0
+        alpha, sigma = expand(self.alpha(t), x_0), expand(self.sigma(t), x_0)
+        if kind == "v":
+            return alpha * noise - sigma * x_0
+        if kind == "velocity":
+            return expand(self.alpha_dot(t), x_0) * x_0 + expand(self.sigma_dot(t), x_0) * noise
+        if kind == "score":
+            return -noise / sigma
+        raise ValueError(NO_LOGITS)
 
     def predict(
         self,
@@ -115,7 +130,7 @@ class GaussianProcess:
             ValueError: if ``kind`` is not a continuous one.
         """
         if kind == "logits":
-            raise ValueError("a Gaussian process has no logits: the output is epsilon, x0, v, velocity or score")
+            raise ValueError(NO_LOGITS)
         return GaussianPrediction(self, at_least_float32(output), kind, at_least_float32(x_t), t)
 
 
@@ -173,7 +188,8 @@ class VariancePreserving(GaussianProcess):
         """Log abar and its derivative with respect to t, each (batch,)."""
         knots = torch.cat([torch.zeros(1, dtype=torch.float64), self.alphas_cumprod.log()]).to(t)
         place = t * self.steps
-        left = place.floor().clamp(0, self.steps - 1).long()
+        # a time on the table belongs to the interval below, which a falling step crosses; the slack is float32 rounding
+        left = (place - self.steps * 2.0**-23).floor().clamp(0, self.steps - 1).long()
         slope = knots[left + 1] - knots[left]
         return knots[left] + slope * (place - left), slope * self.steps
 
@@ -286,7 +302,7 @@ class GaussianPrediction(Batched):
     def as_kind(self, kind: PredictionKind) -> Float[Tensor, "batch *shape"]:
         """The prediction under the named parametrisation."""
         if kind == "logits":
-            raise ValueError("a Gaussian prediction has no logits")
+            raise ValueError(NO_LOGITS)
         return getattr(self, kind)
 
     def x0_noise_shape(self) -> tuple[int, ...]:

@@ -1,1 +1,66 @@
 """From a prediction to samples: noise, kernels, solvers, presets, rollout, replay, path KL."""
+
+from difftilt.sampling.drift import TIGHTEST, canonical_kernel, path_kl
+from difftilt.sampling.kernels import CPS, DDIM, DDPM, DanceSDE, Euler, FlowSDE, Unmasking, ancestral_std
+from difftilt.sampling.noise import Noise, siblings
+from difftilt.sampling.presets import Preset, cps, dance_sde, ddim, euler, flow_sde, unmasking
+from difftilt.sampling.protocol import (
+    Edges,
+    Guide,
+    Kernel,
+    Moment,
+    NoiseSource,
+    Observe,
+    Project,
+    Reduction,
+    RelaxedStep,
+    Sampler,
+    Solver,
+    Step,
+    Trajectory,
+)
+from difftilt.sampling.solvers import DPMSolverPP, EulerSolver, Heun
+from difftilt.sampling.steps import CategoricalStep, GaussianStep, MixtureStep, reduce_dims
+
+__all__ = [
+    "CPS",
+    "DDIM",
+    "DDPM",
+    "TIGHTEST",
+    "CategoricalStep",
+    "DPMSolverPP",
+    "DanceSDE",
+    "Edges",
+    "Euler",
+    "EulerSolver",
+    "FlowSDE",
+    "GaussianStep",
+    "Guide",
+    "Heun",
+    "Kernel",
+    "MixtureStep",
+    "Moment",
+    "Noise",
+    "NoiseSource",
+    "Observe",
+    "Preset",
+    "Project",
+    "Reduction",
+    "RelaxedStep",
+    "Sampler",
+    "Solver",
+    "Step",
+    "Trajectory",
+    "Unmasking",
+    "ancestral_std",
+    "canonical_kernel",
+    "cps",
+    "dance_sde",
+    "ddim",
+    "euler",
+    "flow_sde",
+    "path_kl",
+    "reduce_dims",
+    "siblings",
+    "unmasking",
+]

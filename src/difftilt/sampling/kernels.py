@@ -31,9 +31,13 @@ def _sde_step(prediction: GaussianPrediction, g: Times, t: Times, s: Times, scor
 
 @dataclass(frozen=True)
 class FlowSDE:
-    """g = a·sqrt(sigma/alpha) (Flow-GRPO, arXiv 2505.05470); for rectified flow a·sqrt(t/(1 - t)).
+    """g² = a²·(sigma/alpha)·(alpha·sigma_dot - sigma·alpha_dot) (Flow-GRPO, arXiv 2505.05470).
 
-    Where alpha is 0, at t = 1, the end s of the step stands in for t in the coefficient, as in the paper's code.
+    For rectified flow the last factor is 1 and g = a·sqrt(t/(1 - t)), the paper's form. The factor makes g² a rate for
+    every Gaussian process, and g² at a = sqrt(2) the diffusion coefficient of the forward process itself: beta(t) of a
+    variance-preserving one. Where alpha is 0, at t = 1, alpha at the end s of the step stands in for it, as in the
+    paper's code. The rule is Euler's: where beta·(t - s) is large, as at t = 1 of the cosine schedule, it is unstable,
+    and DDIM should be used.
 
     Attributes:
         a: noise level.
@@ -48,12 +52,12 @@ class FlowSDE:
         return _sde_step(gaussian, self.coefficient(gaussian, t, s), t, s, self.score_term)
 
     def coefficient(self, prediction: GaussianPrediction, t: Times, s: Times) -> Times:
-        """G at t, (batch,)."""
+        """The diffusion coefficient g at t, (batch,)."""
         process = prediction.process
         noisy, clean = process.sigma(t), process.alpha(t)
-        singular = clean <= 1e-6
-        safe = torch.where(singular, process.alpha(s), clean)
-        return self.a * (noisy / safe).sqrt()
+        turning = clean * process.sigma_dot(t) - noisy * process.alpha_dot(t)
+        safe = torch.where(clean <= 1e-6, process.alpha(s), clean)
+        return self.a * (noisy / safe * turning).sqrt()
 
 
 @dataclass(frozen=True)
@@ -152,20 +156,21 @@ def _towards(prediction: GaussianPrediction, s: Times, std: Times) -> GaussianSt
 
 @dataclass(frozen=True)
 class Euler:
-    """x_s = x_t + (s - t)·velocity: deterministic, first order."""
+    """x_s = alpha_s·x0 + sigma_s·epsilon: deterministic, first order.
+
+    For rectified flow this is x_t + (s - t)·velocity, Euler's rule; for others DDIM's, which may end at sigma = 0.
+    """
 
     def __call__(self, prediction: Prediction, x_t: Tensor, t: Times, s: Times) -> GaussianStep:
-        gaussian = as_gaussian(prediction)
-        velocity = gaussian.velocity
-        mean = gaussian.x_t + expand(s - t, velocity) * velocity
-        return GaussianStep(mean, torch.zeros_like(t).to(mean), deterministic=True)
+        step = _towards(as_gaussian(prediction), s, torch.zeros_like(s))
+        return GaussianStep(step.mean, step.std, deterministic=True)
 
 
 @dataclass(frozen=True)
 class Unmasking:
     """Ancestral step of a masked model (MDLM): a masked token becomes v with p(v)·(m_t - m_s)/m_t, else stays masked.
 
-    Visible tokens are kept. The step to s = 0 with floor 0 leaves no mask.
+    Visible tokens are kept. The step to s = 0 leaves no mask.
     """
 
     def __call__(self, prediction: Prediction, x_t: Tensor, t: Times, s: Times) -> CategoricalStep:

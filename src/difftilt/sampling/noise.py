@@ -6,7 +6,7 @@ sample is the same in any batch, in any order, in any process and on any device,
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -53,19 +53,25 @@ class Noise:
     Attributes:
         seed: of the run.
         iteration: of the training loop, 0 for a single call.
+        scope: prefix of every purpose, see :meth:`named`.
     """
 
     seed: int
     iteration: int = 0
+    scope: str = ""
 
     def at(self, iteration: int) -> "Noise":
         """The noise of another iteration."""
-        return Noise(self.seed, iteration)
+        return replace(self, iteration=iteration)
+
+    def named(self, scope: str) -> "Noise":
+        """Independent noise for a part of the iteration (a phase, an epoch), inside the present scope."""
+        return replace(self, scope=f"{self.scope}/{scope}")
 
     def _keys(self, index: Tensor, purpose: str, step: int | Tensor) -> Int[Tensor, " rows"]:
         device = index.device
         start = torch.tensor([_signed(self.seed)], dtype=torch.int64, device=device)
-        key = _mix(_mix(start + _GOLDEN) + _word_of(purpose))
+        key = _mix(_mix(start + _GOLDEN) + _word_of(f"{self.scope}:{purpose}"))
         key = _mix(key + _signed(self.iteration * _GOLDEN))
         key = _mix(key + index.long() * _GOLDEN)
         steps = step.to(device).long() if isinstance(step, Tensor) else torch.full_like(key, step)

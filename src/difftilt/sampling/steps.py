@@ -142,9 +142,11 @@ class CategoricalStep(Batched):
         *,
         reduce: Reduction,
         mask: Bool[Tensor, "batch position"] | None = None,
+        clamp: tuple[float, float] | None = None,
     ) -> Float[Tensor, " batch"]:
         """Log p of the symbols of x_s. The mean is over all positions, whether they could change or not."""
-        return reduce_dims(self.log_probs.gather(-1, x_s[..., None])[..., 0], reduce, mask)
+        each = self.log_probs.gather(-1, x_s[..., None])[..., 0]
+        return reduce_dims(each if clamp is None else each.clamp(*clamp), reduce, mask)
 
     def kl(self, other: Self, *, reduce: Reduction) -> Float[Tensor, " batch"]:
         """Σ_v p(v)·(log p(v) - log q(v)), 0 where p(v) = 0; relaxed positions count by their mask mass."""
@@ -189,11 +191,16 @@ class MixtureStep(Batched):
         return mean + self.std[:, None] * noise[:, :-1]
 
     def log_prob(
-        self, x_s: Float[Tensor, "batch dim"], *, reduce: Reduction, mask: Tensor | None = None
+        self,
+        x_s: Float[Tensor, "batch dim"],
+        *,
+        reduce: Reduction,
+        mask: Bool[Tensor, "batch dim"] | None = None,
+        clamp: tuple[float, float] | None = None,
     ) -> Float[Tensor, " batch"]:
         """Log Σ_k w_k N(x_s; mean_k, std²): of the whole vector; ``mean`` divides it by the dimension."""
-        if mask is not None:
-            raise ValueError("the density of a mixture does not factor over dimensions: no mask")
+        if mask is not None or clamp is not None:
+            raise ValueError("the density of a mixture does not factor over dimensions: no mask and no clamp")
         dim = self.means.shape[-1]
         gap = ((x_s[:, None] - self.means) / self.std[:, None, None]).square().sum(-1)
         norm = dim * (self.std.log() + 0.5 * math.log(2 * math.pi))

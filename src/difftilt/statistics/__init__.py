@@ -1,4 +1,72 @@
-"""Pure functions on features and samples: distances between sets, diversity, transport, Pareto fronts.
+"""Pure functions on features and samples: distances between sets, diversity, transport, segments of rows.
 
-Knows no model and no reward; numpy or torch in, numbers out.
+Knows no model and no reward; torch in, torch out, float64 where sums are long.
 """
+
+from difftilt.statistics.discrete import (
+    empirical,
+    enumerate_sequences,
+    histogram,
+    kl_divergence,
+    sequence_codes,
+    tilted,
+    total_variation,
+)
+from difftilt.statistics.diversity import group_diversity, mean_group_diversity
+from difftilt.statistics.folds import (
+    compact,
+    segment_count,
+    segment_logmeanexp,
+    segment_max,
+    segment_mean,
+    segment_min,
+    segment_rank,
+    segment_softmax,
+    segment_sum,
+)
+from difftilt.statistics.sets import (
+    coverage,
+    frechet_distance,
+    frechet_from_moments,
+    kernel_distance,
+    mmd_squared,
+    mode_shares,
+    polynomial_kernel,
+    rbf_kernel,
+    vendi_score,
+)
+from difftilt.statistics.transport import energy_distance, random_directions, sliced_wasserstein, wasserstein_1d
+
+__all__ = [
+    "compact",
+    "coverage",
+    "empirical",
+    "energy_distance",
+    "enumerate_sequences",
+    "frechet_distance",
+    "frechet_from_moments",
+    "group_diversity",
+    "histogram",
+    "kernel_distance",
+    "kl_divergence",
+    "mean_group_diversity",
+    "mmd_squared",
+    "mode_shares",
+    "polynomial_kernel",
+    "random_directions",
+    "rbf_kernel",
+    "segment_count",
+    "segment_logmeanexp",
+    "segment_max",
+    "segment_mean",
+    "segment_min",
+    "segment_rank",
+    "segment_softmax",
+    "segment_sum",
+    "sequence_codes",
+    "sliced_wasserstein",
+    "tilted",
+    "total_variation",
+    "vendi_score",
+    "wasserstein_1d",
+]

@@ -1,6 +1,6 @@
 """What particles and a steerer are. A steerer spends computation at sampling time; the weights stay frozen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,6 +39,10 @@ class Particles(Batched):
     memory: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
+Progress = Callable[[int, int, Tensor | None], None]
+"""``progress(step, steps, ess)`` after every step; ``ess`` (prompts,) where the particles were weighted, else None."""
+
+
 @dataclass(frozen=True)
 class Steered:
     """The outcome of steering a batch of prompts.
@@ -47,12 +51,13 @@ class Steered:
         x_0: all particles, (prompts · particles, *shape), prompts outermost.
         media: decoded.
         group: prompt of each particle.
-        weight: normalised in each group, float64; equal after a final resampling.
+        weight: normalised in each group, float64; equal after a final resampling, 1 on the best where only the best
+            comes out.
         rewards: r(x_0) of each particle.
         best: for each prompt the row with the highest reward.
         log_z: estimate of log E_p[exp(r / temperature)] for each prompt; NaN where a method has none.
         ess: effective sample size of each prompt at each weighting, (times, prompts); no rows if it never weights.
-        ancestors: distinct first ancestors alive at each weighting, (times, prompts).
+        ancestors: distinct first ancestors alive after each weighting and its selection, (times, prompts).
         ledger: NFE and reward calls of the whole call.
     """
 
@@ -72,9 +77,28 @@ class Steerer(Protocol):
     """A named inference-time algorithm."""
 
     def steer(
-        self, task: Task, denoise: Denoiser, reward: Reward, prompts: Sequence[str], noise: NoiseSource
+        self,
+        task: Task,
+        denoise: Denoiser,
+        reward: Reward,
+        prompts: Sequence[str],
+        noise: NoiseSource,
+        *,
+        index: Int[Tensor, " prompts"] | None = None,
+        progress: Progress | None = None,
     ) -> Steered:
-        """Sample for every prompt; weights of the model are not touched."""
+        """Sample for every prompt; weights of the model are not touched.
+
+        Args:
+            task: model, grid and kernel.
+            denoise: the network; counts in its ledger.
+            reward: what is steered to; need not be the task's.
+            prompts: repeated ones are independent runs.
+            noise: of the whole call.
+            index: global index of each prompt, 0, 1, ... by default: fixes its noise, so a prompt's particles are the
+                same in any batch of prompts.
+            progress: told of every step.
+        """
         ...
 
 

@@ -4,15 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser, GenerativeModel, Roles, RoleSpec
 from difftilt.process.protocol import Condition
 from difftilt.rewards.protocol import Reward, Samples, Scores
-from difftilt.sampling.protocol import Edges, NoiseSource, Sampler
-from difftilt.trees import Batched
+from difftilt.sampling.protocol import NoiseSource, Sampler
+from difftilt.training.experience import Experience, PromptBatch
 
 
 @dataclass(frozen=True)
@@ -40,75 +40,8 @@ class Task:
     heldout: Mapping[str, Reward] = field(default_factory=dict[str, Reward])
     features: Callable[[Tensor], Tensor] | None = None
     temperature: float | None = None
-    data: "Experience | None" = None
+    data: Experience | None = None
     environment: "Environment | None" = None
-
-
-@dataclass(frozen=True)
-class PromptBatch(Batched):
-    """This process's share of the prompts of one iteration, one row per sample to draw.
-
-    Attributes:
-        index: global sample index within the iteration: with seed and iteration it fixes all noise of the sample.
-        group: global group index; samples of one group share their prompt.
-        prompt: index into the task's prompts.
-        condition: encoded, one row per sample.
-    """
-
-    index: Int[Tensor, " samples"]
-    group: Int[Tensor, " samples"]
-    prompt: Int[Tensor, " samples"]
-    condition: Condition
-
-
-@dataclass(frozen=True)
-class Experience:
-    """The one record from rollout to loss: fields per sample, and ``edges`` with one row per term of a loss.
-
-    An edge is a transition, or for forward-process methods one noise level of one sample. Offline methods load the
-    same record from disk. For environments a sample is one executed action (chunk): its group is the episode.
-
-    Attributes:
-        index, group, prompt, condition: as in :class:`PromptBatch`.
-        x_0: clean latents; None for methods that sample inside their loss.
-        rewards, components: as in :class:`Scores`; None where the loss scores its own samples.
-        edges: terms of the loss; ``edges.sample`` points to rows of this record.
-        weight: importance of each sample; None means 1.
-        pair: row of the other member of a preference pair, or -1.
-        label: method's own target in [0, 1] or {-1, +1} (an optimality probability, membership of D+ or D-).
-        media: decoded samples, kept only when asked for.
-        value, terminated, truncated: environment steps only.
-        extras: further trees per sample (tensors, conditions), indexed and saved with the rest.
-    """
-
-    index: Int[Tensor, " samples"]
-    group: Int[Tensor, " samples"]
-    prompt: Int[Tensor, " samples"]
-    condition: Condition
-    x_0: Shaped[Tensor, "samples *shape"] | None
-    rewards: Float[Tensor, " samples"] | None
-    components: dict[str, Tensor]
-    edges: Edges
-    weight: Float[Tensor, " samples"] | None = None
-    pair: Int[Tensor, " samples"] | None = None
-    label: Float[Tensor, " samples"] | None = None
-    media: Tensor | None = None
-    value: Float[Tensor, " samples"] | None = None
-    terminated: Tensor | None = None
-    truncated: Tensor | None = None
-    extras: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def rows(self, edge: Int[Tensor, " rows"]) -> "Experience":
-        """The given edges with per-sample fields repeated, so that row i of every field belongs to edge i.
-
-        ``pair`` points to the row of the partner at the same step within the result, or is -1 if it is not there;
-        ``edges.parent`` means nothing after this.
-        """
-        ...
-
-    def take(self, sample: Int[Tensor, " kept"]) -> "Experience":
-        """The record restricted to the given samples and their edges, with all pointers renumbered."""
-        ...
 
 
 @dataclass(frozen=True)

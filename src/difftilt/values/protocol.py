@@ -1,15 +1,32 @@
 """What a value is: a function of a noisy state. A reward sees decoded samples only; a value sees states."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from difftilt.process.protocol import Condition, Prediction
+from difftilt.trees import Batched
+
+
+@dataclass(frozen=True)
+class Rows(Batched):
+    """Whose states a batch holds: what a value needs beside the state to draw noise and to find the prompt.
+
+    Attributes:
+        index: keys the noise of each row, as in :class:`NoiseSource`; the slot, never the particle that stands in it.
+        prompt: row of each state's prompt in the prompts that the reward was bound to.
+        step: index of the state on its grid, 0 at the noise end.
+    """
+
+    index: Int[Tensor, " batch"]
+    prompt: Int[Tensor, " batch"]
+    step: int
 
 
 class Value(Protocol):
-    """``(x_t, t, condition, prediction) -> (batch,)`` in units of the reward.
+    """``(x_t, t, condition, prediction, rows) -> (batch,)`` in units of the reward.
 
     ``prediction`` is the network's at (x_t, t), already paid for, or None where there is none (t = 0). Values that need
     further evaluations count them in the ledger of the denoiser they hold.
@@ -21,4 +38,5 @@ class Value(Protocol):
         t: Float[Tensor, " batch"],
         condition: Condition,
         prediction: Prediction | None,
+        rows: Rows,
     ) -> Float[Tensor, " batch"]: ...

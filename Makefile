@@ -1,0 +1,42 @@
+# Everything runs in .venv, which is made once from constraints.txt and pyproject.toml.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+
+.PHONY: demo test proofs bench soak lint format clean
+
+$(STAMP): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+# About a minute of training on a mixture whose tilted target is known; every call starts anew.
+demo: $(STAMP)
+	rm -rf runs/demo
+	$(BIN)/python -m difftilt train demo --output runs/demo
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/pytest
+
+proofs: $(STAMP)
+	$(BIN)/pytest -m long
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+# Kill -9 at random moments, fifty times per method.
+soak: $(STAMP)
+	DIFFTILT_KILLS=50 $(BIN)/pytest -m '' -k kill --timeout 7200
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,109 @@
+"""The Python interface: what the command line does, with objects in and out."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from difftilt.checks.collect import collect, run
+from difftilt.checks.proof import Result
+from difftilt.models.denoiser import denoiser
+from difftilt.recipes.building import build_task, laws_of, require
+from difftilt.recipes.directory import CONFIG, check_output, run_directory
+from difftilt.recipes.evaluating import evaluate_recipe, newest_checkpoint
+from difftilt.recipes.schema import Recipe, load_recipe
+from difftilt.recipes.steered import SteerResult
+from difftilt.rewards import as_reward
+from difftilt.sampling.noise import Noise
+from difftilt.steering.protocol import Steerer
+from difftilt.training.loop import Hook, TrainResult, train_task
+from difftilt.training.protocol import Method
+from difftilt.training.world import join_world
+
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+"""A packaged name, ``<testbed>/<method>``, a path, plain values, or a recipe already typed."""
+
+
+def train(
+    recipe: RecipeLike,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    hooks: Sequence[Hook] = (),
+    overrides: Sequence[str] = (),
+    **settings: object,
+) -> TrainResult:
+    """Fine-tune a model.
+
+    Args:
+        recipe: what to run.
+        output: run directory; new, or with ``resume`` the one of the same run.
+        resume: go on from the newest checkpoint in ``output``.
+        hooks: called after every iteration with its row of metrics and the verdicts of the monitors.
+        overrides: ``dotted.key=value``, as on the command line.
+        settings: the same by keyword: ``seed``, ``iterations``, or ``**{"method.clip_range": 0.1}``.
+
+    Raises:
+        UserError: for everything that is wrong before any work is done.
+    """
+    typed, directory, world = _typed(recipe, overrides, settings), Path(output), join_world()
+    part = require(typed, "method")
+    if world.main:
+        check_output(directory, typed, resume=resume)
+    world.barrier()  # no process may create the directory before the main one has looked
+    task = build_task(typed)
+    method = cast(Method, part.build(task))
+    with run_directory(directory, typed, keep=resume or not world.main):
+        return train_task(
+            task, method, typed.training, directory, laws=laws_of(part), resume=resume, hooks=hooks, world=world
+        )
+
+
+def steer(
+    recipe: RecipeLike, output: str | Path | None = None, *, overrides: Sequence[str] = (), **settings: object
+) -> SteerResult:
+    """Sample with a steerer; the weights stay as they are.
+
+    Args:
+        recipe: what to run.
+        output: new directory for ``config.yaml``, ``result.json`` and ``samples.safetensors``; None writes nothing.
+        overrides: ``dotted.key=value``, as on the command line.
+        settings: the same by keyword: ``seed``, or ``**{"steering.prompts": ["bold three"]}``.
+    """
+    typed = _typed(recipe, overrides, settings)
+    part = require(typed, "steerer")
+    if output is not None:
+        check_output(Path(output), typed, resume=False)
+    task = build_task(typed)
+    steerer = cast(Steerer, part.build(task))
+    prompts = list(task.heldout_prompts if typed.steering.prompts is None else typed.steering.prompts)
+    model = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=typed.steering.forward_batch)
+    noise = Noise(typed.steering.seed)
+    result = SteerResult(prompts, steerer.steer(task, model, as_reward(task.reward), prompts, noise))
+    if output is not None:
+        result.save(typed.to_yaml(), Path(output))
+    return result
+
+
+def evaluate(what: RecipeLike, *, overrides: Sequence[str] = (), **settings: object) -> dict[str, float]:
+    """Reward, drift and diversity on held-out prompts.
+
+    Args:
+        what: a run directory, whose newest checkpoint is evaluated, or a recipe, whose pretrained model is.
+        overrides: ``dotted.key=value``, as on the command line.
+        settings: the same by keyword, e.g. ``**{"training.evaluation_samples": 512}``.
+    """
+    if not isinstance(what, str | Path) or not Path(what).is_dir():
+        return evaluate_recipe(_typed(what, overrides, settings), None)
+    checkpoint = newest_checkpoint(Path(what))
+    return evaluate_recipe(_typed(Path(what) / CONFIG, overrides, settings), checkpoint)
+
+
+def check(names: Iterable[str] = (), quick: bool = False) -> list[Result]:
+    """Measure the claims under the given names, or all of them; see :func:`difftilt.checks.collect.collect`."""
+    return list(run(collect(tuple(names), quick=quick)))
+
+
+def _typed(recipe: RecipeLike, overrides: Sequence[str], settings: Mapping[str, object]) -> Recipe:
+    values = recipe.resolved() if isinstance(recipe, Recipe) else recipe
+    return load_recipe(values, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())])

@@ -1,0 +1,191 @@
+"""The command line: thin, every command is one call of the Python interface.
+
+Exit codes: 0 done, 1 a check failed, 2 the user's input is wrong, 3 a reward failed, 4 a guard tripped.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from difftilt import __version__
+from difftilt.errors import GuardError, RewardError, UserError
+
+app = typer.Typer(
+    name="difftilt",
+    help="Align diffusion, flow and masked generative models to a reward.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A packaged name (demo, TESTBED/METHOD, arena/NAME), or the path of a YAML file."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="Dotted keys of the recipe, e.g. method.clip_range=0.1."),
+]
+Seed = Annotated[int | None, typer.Option(help="Fixes every draw of the run.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Run a command; what a user can get wrong is told in a few lines on stderr."""
+    sys.path.append(os.getcwd())  # so that package.module:Name finds a user's own file
+    try:
+        app()
+    except (UserError, RewardError, GuardError) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        else:
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Align diffusion, flow and masked generative models to a reward."""
+    if version:
+        _print(f"difftilt {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    output: Annotated[Path, typer.Option(help="Run directory; must be new or empty unless --resume is given.")],
+    overrides: Overrides = None,
+    iterations: Annotated[int | None, typer.Option(help="Rounds of collect and update.")] = None,
+    seed: Seed = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a model.
+
+    The fields that can be set with key=value: `difftilt describe NAME` shows those of a method (method.FIELD) or of a
+    testbed (testbed.FIELD); `difftilt list methods` and `difftilt list recipes` show what there is; the loop's own are
+    training.iterations, training.seed, training.optimizer.lr and so on (`difftilt describe training`).
+    """
+    from difftilt import api, tables
+
+    chosen = [*(overrides or []), *_shortcuts(iterations=iterations, seed=seed)]
+    result = api.train(recipe, output, resume=resume, overrides=chosen, hooks=[_progress])
+    _print(tables.train_report(result.before, result.after, result.verdicts))
+    _print(f"run directory: {output}")
+
+
+@app.command()
+def steer(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="New directory for result.json and samples.safetensors.")] = None,
+    prompts: Annotated[list[str] | None, typer.Option(help="May be repeated; default: the held-out prompts.")] = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Sample with a steerer; the weights of the model stay as they are."""
+    from difftilt import api, tables
+
+    if output is None and not as_json:
+        raise UserError("steer: say where the samples go with --output DIR, or ask for a summary with --json")
+    chosen = _shortcuts(seed=seed, **{"steering.prompts": list(prompts) if prompts else None})
+    report = api.steer(recipe, output, overrides=[*(overrides or []), *chosen]).summary()
+    _print_json(report) if as_json else _print(tables.steer_report(report))
+
+
+@app.command()
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="RECIPE|RUN_DIR", help="A recipe (its untrained model), or a run.")],
+    overrides: Overrides = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure reward, drift and diversity of a recipe's model, or of the newest checkpoint of a run."""
+    from difftilt import api, tables
+
+    metrics = api.evaluate(what, overrides=[*(overrides or []), *_shortcuts(seed=seed)])
+    _print_json(metrics) if as_json else _print(tables.metric_table({"value": metrics}))
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="methods, steerers, rewards, models, testbeds or recipes.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List what there is, without importing it."""
+    from difftilt import tables
+
+    rows = tables.entries(kind)
+    _print_json(rows) if as_json else _print(tables.entry_table(rows))
+
+
+@app.command()
+def describe(
+    name: Annotated[str, typer.Argument(help="A method, steerer, reward, model or testbed; or training, steering.")],
+    debug: Debug = False,
+) -> None:
+    """Show a leaf's card and the fields that a recipe can set, with defaults."""
+    from difftilt import tables
+
+    _print(tables.describe(name))
+
+
+@app.command()
+def check(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Slugs; default: all.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out what takes more than a few seconds.")] = False,
+    file: Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure the claims that this library makes; exit code 1 if any fails."""
+    from difftilt import tables
+    from difftilt.checks.collect import collect, run
+
+    if file is not None and not file.parent.is_dir():
+        raise UserError(f"--json {file}: there is no directory {file.parent}")
+    proofs = collect(names or (), quick=quick)
+    results = list(run(proofs))
+    if file is not None:
+        file.write_text(json.dumps(tables.result_objects(results), indent=2) + "\n", encoding="utf-8")
+    _print(tables.check_table(results))
+    failed = sum(not result.passed for result in results)
+    _print(f"{len(results)} claims, {failed} failed")
+    raise typer.Exit(1 if failed else 0)
+
+
+def _progress(row: Mapping[str, float], verdicts: Sequence[object]) -> None:
+    """One line per iteration on stderr; on a terminal it is overwritten."""
+    shown = {"reward_mean": "reward", "kl_reference": "kl", "diversity": "diversity", "grad_norm": "grad"}
+    parts = [f"{label} {row[name]:.4g}" for name, label in shown.items() if name in row]
+    end = "\r" if sys.stderr.isatty() else "\n"
+    sys.stderr.write(f"iteration {int(row['iteration']) + 1}  {'  '.join(parts)}{end}")
+
+
+def _shortcuts(**values: object) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+
+
+def _print(what: RenderableType) -> None:
+    # a pipe has no width of its own: give tables room rather than cutting them at 80 columns
+    Console(width=None if sys.stdout.isatty() else 160).print(what, markup=False, highlight=False, soft_wrap=False)
+
+
+def _print_json(values: Any) -> None:
+    sys.stdout.write(json.dumps(values, indent=2) + "\n")

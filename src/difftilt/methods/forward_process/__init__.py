@@ -1,0 +1,1 @@
+"""Training on the forward process: no likelihoods, no stored trajectories."""

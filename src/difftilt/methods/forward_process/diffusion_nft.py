@@ -1,0 +1,170 @@
+"""DiffusionNFT: the reward decides how much a re-noised sample attracts, and how much it repels (arXiv 2509.16117).
+
+A reward becomes the probability r that a sample is good. The clean sample is re-noised by the ordinary forward process,
+and two mirror images of one network around the behaviour velocity are regressed on it:
+
+    v⁺ = beta·v + (1 - beta)·v_old,   v⁻ = (1 + beta)·v_old - beta·v,   L = r·|v⁺ - u|² + (1 - r)·|v⁻ - u|²
+
+with u = eps - x_0. The minimiser is v_old + (2/beta)·E[r·(u - v_old) | x_t]: no likelihood, no trajectory, any sampler.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from difftilt.card import Card
+from difftilt.credit.group import Scale, group_advantage
+from difftilt.credit.optimality import OptimalityMode, optimality
+from difftilt.models.protocol import Lagging, RoleSpec
+from difftilt.objectives.kl import velocity_gap
+from difftilt.objectives.nft import nft_loss
+from difftilt.process.gaussian import GaussianPrediction, GaussianProcess, as_gaussian
+from difftilt.sampling.protocol import Edges, NoiseSource, Sampler
+from difftilt.sampling.rollout import sample, start_state
+from difftilt.training.base import MethodBase
+from difftilt.training.config import GroupSampling
+from difftilt.training.experience import Experience, PromptBatch
+from difftilt.training.grids import grid_of
+from difftilt.training.protocol import Loss, Phase, Run, Task, Term
+
+CARD = Card(
+    name="diffusion-nft",
+    entry="DiffusionNFT",
+    paper="Zheng et al. 2025, DiffusionNFT: Online Diffusion Reinforcement with Forward Process, arXiv 2509.16117",
+    needs=("gaussian process", "per-sample reward"),
+    laws=("constant_reward", "offset_per_prompt", "batch_split"),
+)
+
+
+class Config(GroupSampling):
+    """Defaults of the authors' code, but for the number of samples."""
+
+    steps: int | None = Field(default=None, ge=2)
+    """Solver steps of a rollout; None follows the task's sampler."""
+    shift: float = Field(default=1.0, gt=0)
+    """Time shift of the grid when ``steps`` is given."""
+    nft_beta: float = Field(default=1.0, gt=0)
+    """Mixing of the two branches; the update is proportional to 1/nft_beta."""
+    max_advantage: float = Field(default=5.0, gt=0)
+    """Advantage at which a sample is certainly good; also multiplies the loss. The paper's text uses 1."""
+    advantage_std: Scale = "global"
+    """What a centred reward is divided by. Not ``group`` where many groups have no variance."""
+    advantage_mode: OptimalityMode = "all"
+    """Part of the advantage that is kept."""
+    kl_weight: float = Field(default=1e-4, ge=0)
+    """Weight of the mean squared velocity difference to the reference."""
+    timestep_fraction: float = Field(default=0.99, gt=0, le=1)
+    """Share of the solver's times that each sample is trained at, drawn anew for each."""
+    space: Literal["x0", "velocity"] = "x0"
+    """Space of the regression: x0 with the self-normaliser (the code), or plain velocity (the paper's text)."""
+    updates: int = Field(default=1, ge=1)
+    """Optimiser steps per iteration."""
+    behaviour_decay: Literal[0, 1, 2] = 1
+    """Schedule of d in behaviour <- d·behaviour + (1 - d)·current after n optimiser steps: 0: d = 0;
+    1: d = min(0.001·n, 0.5); 2: d = 0 for n < 75, then min(0.0075·(n - 75), 0.999)."""
+    ema: float = Field(default=0.9, ge=0, lt=1)
+    """Largest decay of the averaged weights that are evaluated; 0 evaluates the trained weights themselves."""
+
+
+def behaviour_decay(schedule: int, n: int) -> float:
+    """D after n optimiser steps, see :class:`Config`."""
+    if schedule == 0:
+        return 0.0
+    if schedule == 1:
+        return min(0.001 * n, 0.5)
+    return 0.0 if n < 75 else min(0.0075 * (n - 75), 0.999)
+
+
+class DiffusionNFT(MethodBase):
+    """Sample with ``behaviour``, score, re-noise, regress both branches."""
+
+    Config = Config
+
+    def __init__(self, config: Config, task: Task) -> None:
+        if not isinstance(task.model.process, GaussianProcess):
+            raise TypeError("diffusion-nft needs a Gaussian process: tokens have no velocity; use a discrete method")
+        self.config = config
+
+    @property
+    def evaluated_role(self) -> str:
+        return "ema" if self.config.ema else "current"
+
+    def roles(self) -> Mapping[str, RoleSpec]:
+        """``behaviour`` samples and anchors the branches; ``ema`` is evaluated."""
+        roles: dict[str, RoleSpec] = {
+            "behaviour": Lagging("current", partial(behaviour_decay, self.config.behaviour_decay))
+        }
+        if self.config.ema:
+            roles["ema"] = Lagging("current", lambda n: min((1 + n) / (10 + n), self.config.ema))
+        return roles
+
+    def collect(self, run: Run) -> Experience:
+        """Draw groups from ``behaviour`` without guidance; one edge for each time a sample is trained at."""
+        config = self.config
+        batch = run.prompts(config.groups, config.group_size)
+        denoise = run.denoiser("behaviour", guidance=1.0)
+        sampler = Sampler(
+            grid_of(run.task, config.steps, config.shift), run.task.sampler.kernel, run.task.sampler.solver
+        )
+        x_t = start_state(denoise.process, run.noise, batch.index, run.task.model.shape)
+        x_0 = sample(denoise, sampler, x_t, batch.condition, noise=run.noise, index=batch.index)
+        scores = run.score(run.samples(x_0, batch))
+        credit = partial(group_advantage, std=config.advantage_std)
+        advantage = run.jointly(credit, scores.total, batch.group)
+        return Experience(
+            index=batch.index,
+            group=batch.group,
+            prompt=batch.prompt,
+            condition=batch.condition,
+            x_0=x_0,
+            rewards=scores.total,
+            components=scores.components,
+            edges=self._noise_levels(run, batch, sampler.grid),
+            label=optimality(advantage, config.max_advantage, config.advantage_mode),
+        )
+
+    def _noise_levels(self, run: Run, batch: PromptBatch, grid: Tensor) -> Edges:
+        """For every sample a random subset of the solver's own times."""
+        times = grid[:-1].float().to(batch.index.device)
+        kept = max(1, int(self.config.timestep_fraction * len(times)))
+        order = run.noise.uniform(batch.index, (len(times),), purpose="training times").argsort(1)[:, :kept]
+        sample = torch.arange(len(batch.index), device=batch.index.device).repeat_interleave(kept)
+        return Edges(sample=sample, step=order.reshape(-1), t=times[order.reshape(-1)])
+
+    def phases(self, run: Run) -> Sequence[Phase]:
+        """One: the regression."""
+        return [Phase("current", partial(self._loss, run), unit="sample", updates=self.config.updates)]
+
+    def _loss(self, run: Run, rows: Experience, noise: NoiseSource) -> Loss:
+        config, edges = self.config, rows.edges
+        assert rows.x_0 is not None
+        assert rows.label is not None
+        eps = noise.normal(rows.index, tuple(rows.x_0.shape[1:]), purpose="renoise", step=edges.step)
+        current = run.denoiser("current", guidance=1.0)
+        x_t = current.process.corrupt(rows.x_0, edges.t, eps)
+        prediction = as_gaussian(current(x_t, edges.t, rows.condition))
+        # while behaviour still equals current, one forward pass serves both (the loss detaches the old one)
+        same = run.roles.same("behaviour", "current")
+        old = prediction if same else self._frozen(run, "behaviour", x_t, rows)
+        policy = nft_loss(
+            prediction,
+            old,
+            rows.x_0,
+            rows.label,
+            nft_beta=config.nft_beta,
+            max_advantage=config.max_advantage,
+            space=config.space,
+        )
+        terms = {"policy": Term(policy.value)}
+        if config.kl_weight:
+            gap = velocity_gap(prediction, self._frozen(run, "reference", x_t, rows))
+            terms["kl"] = Term(gap, config.kl_weight)
+        return Loss(terms, {"optimality": rows.label})
+
+    def _frozen(self, run: Run, role: str, x_t: Tensor, rows: Experience) -> GaussianPrediction:
+        with torch.no_grad():
+            return as_gaussian(run.denoiser(role, guidance=1.0)(x_t, rows.edges.t, rows.condition))

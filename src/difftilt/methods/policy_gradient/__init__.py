@@ -1,0 +1,1 @@
+"""Policy gradient through the denoising chain."""

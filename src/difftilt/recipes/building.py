@@ -1,0 +1,89 @@
+"""From a typed recipe to objects: the task with its reward, the method or steerer, and whether they fit together."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, cast
+
+from difftilt.card import Card
+from difftilt.errors import UserError
+from difftilt.leaves import find, nearest
+from difftilt.process.gaussian import GaussianProcess
+from difftilt.process.masked import MaskedProcess
+from difftilt.recipes.parts import Part
+from difftilt.recipes.schema import Recipe
+from difftilt.rewards import as_reward
+from difftilt.training.protocol import Task
+
+NEEDS: dict[str, tuple[Callable[[Task], bool], str]] = {
+    "gaussian process": (
+        lambda task: isinstance(task.model.process, GaussianProcess),
+        "its model samples tokens: use a method for masked models",
+    ),
+    "masked process": (
+        lambda task: isinstance(task.model.process, MaskedProcess),
+        "its model is continuous: use a method for Gaussian processes",
+    ),
+    "stochastic kernel": (
+        lambda task: isinstance(task.model.process, GaussianProcess | MaskedProcess),
+        "no kernel is known for its process: use a method of the forward process",
+    ),
+    "differentiable reward": (
+        lambda task: task.reward.capabilities.differentiable,
+        "its reward is black-box: use a method that needs no gradient",
+    ),
+    "per-sample reward": (
+        lambda task: not task.reward.capabilities.set_valued,
+        "its reward scores sets: use dragon",
+    ),
+    "set reward": (
+        lambda task: task.reward.capabilities.set_valued,
+        "its reward scores samples: give a reward of sets",
+    ),
+    "data": (lambda task: task.data is not None, "it has no offline data"),
+    "environment": (lambda task: task.environment is not None, "it is no environment"),
+}
+"""What a card may name under ``needs`` -> (whether a task offers it, why not and what to do where it does not)."""
+
+
+def build_task(recipe: Recipe) -> Task:
+    """The testbed's task, with the recipe's own reward where it names one; refused if the algorithm cannot run on it.
+
+    Raises:
+        UserError: names the need that is not met.
+    """
+    testbed = recipe.testbed.build()
+    task = testbed if isinstance(testbed, Task) else cast(Task, testbed.task())
+    if recipe.reward is not None:
+        task = replace(task, reward=as_reward(recipe.reward.build()))
+    algorithm = recipe.method or recipe.steerer
+    if algorithm is not None and ":" not in algorithm.name:
+        check_needs(find(algorithm.kind, algorithm.name).card, task)
+    return task
+
+
+def check_needs(card: Card, task: Task) -> None:
+    """Refuse a task that does not offer everything that the card needs."""
+    for need in card.needs:
+        if need not in NEEDS:
+            raise UserError(f"{card.name} needs {need!r}, which nothing can be tested for; {nearest(need, NEEDS)}")
+        met, remedy = NEEDS[need]
+        if not met(task):
+            raise UserError(f"{card.name} needs a {need}, which {task.name!r} does not offer: {remedy}")
+
+
+def require(recipe: Recipe, section: Literal["method", "steerer"]) -> Part:
+    """The section that a command runs.
+
+    Raises:
+        UserError: if the recipe is for the other command.
+    """
+    part = recipe.method if section == "method" else recipe.steerer
+    if part is None:
+        other, command = ("steerer", "steer") if section == "method" else ("method", "train")
+        raise UserError(f"{recipe.source} has a section {other!r}, not {section!r}: use `difftilt {command}`")
+    return part
+
+
+def laws_of(part: Part) -> tuple[str, ...]:
+    """The laws that a leaf declares; a foreign class declares none."""
+    return () if ":" in part.name else find(part.kind, part.name).card.laws

@@ -1,0 +1,112 @@
+"""A leaf with its typed configuration: what one section of a recipe stands for."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast, get_type_hints
+
+from pydantic import create_model
+from pydantic.errors import PydanticSchemaGenerationError
+
+from difftilt.config import Config, Problems, configs_in, dump
+from difftilt.errors import UserError
+from difftilt.leaves import load
+from difftilt.rewards.protocol import Samples
+
+
+class NoFields(Config):
+    """Of a leaf that nothing can be configured in."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named leaf and its configuration.
+
+    Attributes:
+        kind: of leaf, as in ``leaves.ROOMS``.
+        name: slug or ``package.module:Name``.
+        config: every field, defaults included.
+    """
+
+    kind: str
+    name: str
+    config: Config
+
+    def build(self, task: Any = None) -> Any:
+        """What the leaf makes of its configuration, and of the task where its entry has a parameter for it."""
+        entry = load(self.kind, self.name)
+        if self.config.__class__ is entry:
+            return self.config
+        if _scores_samples(entry):
+            return entry
+        extra = {"task": task} if "task" in inspect.signature(entry).parameters else {}
+        if _own_config(entry) is not None:
+            return entry(self.config, **extra)
+        return entry(**{name: getattr(self.config, name) for name in type(self.config).model_fields}, **extra)
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values, as a recipe writes them."""
+        return {"name": self.name, **dump(self.config)}
+
+
+def read_part(kind: str, section: str, data: object, problems: Problems) -> Part | None:
+    """The part that a section of a recipe names, or None after noting what is wrong with it."""
+    if not isinstance(data, Mapping) or not isinstance(cast(Mapping[str, Any], data).get("name"), str):
+        problems.add(f"{section}: needs a name, as in '{section}: {{name: ...}}'")
+        return None
+    values = dict(cast(Mapping[str, Any], data))
+    name = str(values.pop("name"))
+    try:
+        config_class = config_of(load(kind, name))
+    except UserError as error:
+        problems.add(f'{section}.name = "{name}": {error}')
+        return None
+    config = problems.parse(config_class, values, section)
+    return None if config is None else Part(kind, name, config)
+
+
+@cache
+def config_of(entry: Callable[..., Any]) -> type[Config]:
+    """The configuration class of a leaf's entry.
+
+    It is the entry itself, or the type of its first parameter, or else made from the parameters of its signature.
+    A plain reward, a function of :class:`Samples`, has no fields.
+    """
+    if isinstance(entry, type) and issubclass(entry, Config):
+        return entry
+    if _scores_samples(entry):
+        return NoFields
+    return _own_config(entry) or _from_signature(entry)
+
+
+def _scores_samples(entry: Callable[..., Any]) -> bool:
+    """True for a plain reward function, as against a class or function that makes a reward."""
+    if isinstance(entry, type):
+        return False
+    parameters = list(inspect.signature(entry).parameters)
+    return parameters[:1] == ["samples"] or (bool(parameters) and _hints(entry).get(parameters[0]) is Samples)
+
+
+def _own_config(entry: Callable[..., Any]) -> type[Config] | None:
+    parameters = list(inspect.signature(entry).parameters)
+    found = configs_in(_hints(entry).get(parameters[0])) if parameters else []
+    return found[0] if found else None
+
+
+def _from_signature(entry: Callable[..., Any]) -> type[Config]:
+    hints, fields = _hints(entry), dict[str, Any]()
+    for name, parameter in inspect.signature(entry).parameters.items():
+        if name == "task":
+            continue  # given by the run
+        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+        fields[name] = (hints.get(name, Any), default)
+    title = getattr(entry, "__name__", "entry")
+    try:
+        return create_model(f"{title}Config", __base__=Config, __module__=__name__, **fields)
+    except PydanticSchemaGenerationError as error:
+        raise UserError(f"{title} takes a parameter that cannot be written in a recipe: {error.message}") from error
+
+
+def _hints(entry: Callable[..., Any]) -> dict[str, Any]:
+    return get_type_hints(entry.__init__ if isinstance(entry, type) else entry)

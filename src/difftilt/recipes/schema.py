@@ -1,0 +1,132 @@
+"""What a recipe is: a testbed, a method or a steerer, and the settings of the run, all typed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from pydantic import Field
+
+from difftilt.config import Config, Problems, dump
+from difftilt.leaves import nearest
+from difftilt.recipes.loading import read
+from difftilt.recipes.parts import Part, read_part
+from difftilt.training.config import TrainingConfig
+
+
+class SteeringConfig(Config):
+    """One call of a steerer."""
+
+    seed: int = Field(default=0, ge=0)
+    """Fixes every draw of the run."""
+    prompts: tuple[str, ...] | None = None
+    """What to sample for; null takes the held-out prompts of the testbed."""
+    forward_batch: int = Field(default=64, ge=1)
+    """Rows of every network call: shorter batches are padded, longer ones are split."""
+    device: str = "cpu"
+    """Torch device of the network."""
+
+
+SECTIONS = ("testbed", "reward", "method", "steerer", "training", "steering")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that fixes a run. Exactly one of ``method`` and ``steerer`` is there.
+
+    Attributes:
+        source: where it was read, for messages.
+        testbed: makes the task.
+        method: what ``difftilt train`` runs.
+        steerer: what ``difftilt steer`` runs.
+        reward: replaces the testbed's own reward.
+        training: of the loop.
+        steering: of the call.
+    """
+
+    source: str
+    testbed: Part
+    method: Part | None
+    steerer: Part | None
+    reward: Part | None
+    training: TrainingConfig
+    steering: SteeringConfig
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values with every default filled in; :func:`load_recipe` takes them back to an equal recipe."""
+        parts = {"testbed": self.testbed, "reward": self.reward, "method": self.method, "steerer": self.steerer}
+        values: dict[str, Any] = {name: part.resolved() for name, part in parts.items() if part is not None}
+        if self.method is not None:
+            return values | {"training": dump(self.training)}
+        return values | {"steering": dump(self.steering)}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.resolved()))
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and type a recipe.
+
+    Args:
+        recipe: a path, a packaged name, ``<testbed>/<method or steerer>``, or the values themselves.
+        overrides: ``dotted.key=value``; ``seed=`` and ``iterations=`` stand for the key of the run's own section.
+
+    Raises:
+        UserError: reports everything that is wrong in all sections.
+    """
+    values, source = read(recipe)
+    section = "steering" if "steerer" in values else "training"
+    shortcuts = {"seed": f"{section}.seed", "iterations": f"{section}.iterations"}
+    full = [_full_key(override, shortcuts) for override in overrides]
+    if full:
+        values, _ = read(values, full)
+    return type_recipe(values, source)
+
+
+def _full_key(override: str, shortcuts: Mapping[str, str]) -> str:
+    key, equals, value = override.partition("=")
+    return f"{shortcuts.get(key, key)}={value}" if equals else override
+
+
+def type_recipe(values: Mapping[str, Any], source: str) -> Recipe:
+    """Plain values as a typed recipe."""
+    problems = Problems()
+    for key in values:
+        if key not in SECTIONS:
+            problems.add(f"{key}: unknown section; {nearest(str(key), SECTIONS)}")
+    if ("method" in values) == ("steerer" in values):
+        problems.add("a recipe has either a section 'method' (to train) or a section 'steerer' (to steer)")
+    parts = {
+        section: read_part(kind, section, values.get(section), problems)
+        for section, kind in _PART_KINDS.items()
+        if section in values or section == "testbed"
+    }
+    training = _settings(TrainingConfig, values, "training", "method", problems)
+    steering = _settings(SteeringConfig, values, "steering", "steerer", problems)
+    problems.check(source)
+    return Recipe(
+        source,
+        cast(Part, parts["testbed"]),
+        parts.get("method"),
+        parts.get("steerer"),
+        parts.get("reward"),
+        cast(TrainingConfig, training),
+        cast(SteeringConfig, steering),
+    )
+
+
+_PART_KINDS = {"testbed": "testbeds", "method": "methods", "steerer": "steerers", "reward": "rewards"}
+
+
+def _settings(
+    config_class: type[Config], values: Mapping[str, Any], section: str, owner: str, problems: Problems
+) -> Config | None:
+    data = values.get(section, {})
+    if section in values and owner not in values:
+        problems.add(f"{section}: has no meaning without a section '{owner}'")
+    if not isinstance(data, Mapping):
+        problems.add(f"{section}: must be a mapping of fields")
+        return None
+    return problems.parse(config_class, cast(Mapping[str, Any], data), section)

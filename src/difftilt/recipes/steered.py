@@ -1,0 +1,73 @@
+"""What is kept of a call of a steerer: a summary per prompt, and the particles."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from difftilt.steering.protocol import Steered
+
+
+@dataclass(frozen=True)
+class SteerResult:
+    """The outcome of ``difftilt.steer``.
+
+    Attributes:
+        prompts: what was sampled for; ``steered.group`` points into them.
+        steered: samples, weights and cost.
+    """
+
+    prompts: Sequence[str]
+    steered: Steered
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values: for each prompt best and weighted mean reward, log Z and how many lineages are left."""
+        return {"prompts": _rows(self.steered, self.prompts), "ledger": asdict(self.steered.ledger)}
+
+    def save(self, config: str, output: Path) -> None:
+        """Write config, ``result.json`` and ``samples.safetensors``; the directory appears whole or not at all.
+
+        Args:
+            config: text of the resolved recipe.
+            output: directory that does not exist or is empty.
+        """
+        staging = output.with_name(f".{output.name}.{os.getpid()}")
+        staging.mkdir(parents=True)
+        try:
+            (staging / "config.yaml").write_text(config, encoding="utf-8")
+            (staging / "result.json").write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+            save_file(_tensors(self.steered), staging / "samples.safetensors")
+            staging.replace(output)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _rows(steered: Steered, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for group, prompt in enumerate(prompts):
+        mine = steered.group == group
+        weights, rewards = steered.weight[mine].double(), steered.rewards[mine].double()
+        log_z = float(steered.log_z[group])
+        rows.append(
+            {
+                "prompt": prompt,
+                "reward_best": float(steered.rewards[steered.best[group]]),
+                "reward_mean": float((weights * rewards).sum() / weights.sum()),
+                "log_z": None if log_z != log_z else log_z,
+                "ess": [float(value) for value in steered.ess[:, group]],
+                "ancestors": [int(value) for value in steered.ancestors[:, group]],
+            }
+        )
+    return rows
+
+
+def _tensors(steered: Steered) -> dict[str, torch.Tensor]:
+    names = ("x_0", "media", "group", "weight", "rewards", "best", "log_z", "ess", "ancestors")
+    # own storage: safetensors refuses tensors that share memory, as media may with x_0
+    return {name: getattr(steered, name).detach().cpu().contiguous().clone() for name in names}

@@ -1,0 +1,134 @@
+"""The one door through which samples reach a reward: counted, checked, every component kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from difftilt.errors import RewardError
+from difftilt.models.ledger import Ledger
+from difftilt.rewards.compose import WeightedSum, to_members
+from difftilt.rewards.protocol import Reward, Samples, Scores
+
+SHOWN = 5
+"""How many rows an error message lists."""
+
+
+def evaluate(reward: Reward, samples: Samples, ledger: Ledger) -> Scores:
+    """Score the samples: the total and each component, float32 (batch,), finite; gradients are kept.
+
+    The members of a set receive the score of their set. A weighted sum counts one reward call per sample and
+    component, in ``ledger``, and reports its components before weights and normalisation; nested sums are named
+    ``outer/inner``. Any other reward is its own one component.
+
+    Raises:
+        RewardError: if a reward raises, or returns anything but one finite score for each sample (or set).
+    """
+    components = score_components(reward, samples, ledger)
+    return Scores(_total(reward, components, samples), components)
+
+
+def score_components(reward: Reward, samples: Samples, ledger: Ledger) -> dict[str, Tensor]:
+    """Component name -> checked float32 (batch,) scores; a sum that is itself a component is already added up.
+
+    What depends on other rows (``WeightedSum.combine``) is left to the caller, who may hold the rows of all processes.
+    """
+    if not isinstance(reward, WeightedSum):
+        return {reward.name: _checked(reward, reward.name, samples, ledger)}
+    found: dict[str, Tensor] = {}
+    for key, part in reward.rewards.items():
+        if isinstance(part, WeightedSum):
+            inner = score_components(part, samples, ledger)
+            found |= {f"{key}/{name}": scores for name, scores in inner.items()}
+            found[key] = _total(part, inner, samples)
+        else:
+            found[key] = _checked(part, key, samples, ledger)
+    return found
+
+
+def _total(reward: Reward, components: dict[str, Tensor], samples: Samples) -> Tensor:
+    if not isinstance(reward, WeightedSum):
+        return components[reward.name]
+    if reward.capabilities.set_valued:
+        # statistics of sets weigh every set once, however many members it has
+        first = _first_members(samples.group)
+        combined = reward.combine({key: components[key][first] for key in reward.rewards}, samples.group[first])
+        return to_members(combined, samples.group)
+    return reward.combine(components, samples.group)
+
+
+def _first_members(group: Tensor) -> Tensor:
+    """Row of the first member of each group, in ascending order of group index."""
+    labels = torch.unique(group)
+    return (group == labels[:, None]).int().argmax(dim=1)
+
+
+def _checked(reward: Reward, name: str, samples: Samples, ledger: Ledger) -> Float[Tensor, " batch"]:
+    """Call the reward and hold it to its contract."""
+    rows = len(samples.group)
+    ledger.reward_calls += rows
+    with _Blame(name, rows):
+        scores = reward.score(samples)
+    labels = torch.unique(samples.group)
+    sets = reward.capabilities.set_valued
+    _check_shape(name, scores, rows, len(labels) if sets else rows, "set" if sets else "sample")
+    scores = scores.float()
+    _check_finite(name, scores, samples, labels.tolist() if sets else None)
+    return to_members(scores, samples.group) if sets else scores
+
+
+@dataclass(frozen=True)
+class _Blame:
+    """Turns whatever a reward raises into a :class:`RewardError` that names it; the cause is chained.
+
+    A reward is foreign code and may raise anything; a context manager sees every exception without a handler that
+    could swallow one. What is not an ``Exception`` (an interrupt, an exit) passes.
+    """
+
+    name: str
+    rows: int
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, RewardError):
+            raise RewardError(
+                f"reward {self.name!r} raised {type(error).__name__} on samples 0 to {self.rows - 1}: {error}; "
+                "mend it, or drop it from the rewards (--debug shows where it happened)"
+            ) from error
+
+
+def _check_shape(name: str, scores: object, rows: int, expected: int, unit: str) -> None:
+    if not isinstance(scores, Tensor):
+        raise RewardError(
+            f"reward {name!r} returned {type(scores).__name__}; its score must be a tensor: see as_reward"
+        )
+    if scores.is_complex() or tuple(scores.shape) != (expected,):
+        kind = "complex values of " if scores.is_complex() else ""
+        raise RewardError(
+            f"reward {name!r} returned {kind}shape {tuple(scores.shape)} for {rows} samples; "
+            f"return one number per {unit}, shape ({expected},)"
+        )
+
+
+def _check_finite(name: str, scores: Tensor, samples: Samples, labels: Sequence[int] | None) -> None:
+    bad: list[int] = (~scores.isfinite()).nonzero().flatten().tolist()
+    if not bad:
+        return
+    shown = [_describe(i, scores[i].item(), samples, labels) for i in bad[:SHOWN]]
+    more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    raise RewardError(
+        f"reward {name!r} is not finite for {len(bad)} of {len(scores)} scores: {'; '.join(shown)}{more}; "
+        "return a finite number, a low one for a sample that cannot be judged"
+    )
+
+
+def _describe(place: int, value: float, samples: Samples, labels: Sequence[int] | None) -> str:
+    if labels is not None:
+        return f"group {labels[place]} is {value}"
+    return f"row {place} (prompt {samples.prompts[place]!r}) is {value}"

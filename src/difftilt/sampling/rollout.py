@@ -1,0 +1,333 @@
+"""Rollout: denoise a batch of states along a grid, with chosen steps stochastic and chosen steps recorded.
+
+Chains, windows, trees and completions are one loop: at every step the rows that are under way are evaluated once,
+copied where the plan splits, moved by the preset's kernel or by the ODE, and recorded where the plan says so.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from difftilt.models.protocol import Denoiser
+from difftilt.process.grid import check_grid
+from difftilt.process.protocol import Condition, Prediction, Process
+from difftilt.sampling.kernels import Euler
+from difftilt.sampling.noise import siblings
+from difftilt.sampling.presets import Preset
+from difftilt.sampling.protocol import Edges, Guide, Moment, NoiseSource, Observe, Project, Sampler, Step, Trajectory
+from difftilt.sampling.steps import GaussianStep
+from difftilt.trees import Batched, join, take
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rollout does besides following its grid. Masks live on the CPU, so that no step waits for a device.
+
+    Attributes:
+        stochastic: steps that use the preset's kernel, (steps,) or (rows, steps); the others follow the ODE. None: all.
+        record: steps that become edges, (steps,): those of their rows that are stochastic. None: no step.
+        score: which law the log-probability of an edge is taken under, the step's own (``base``) or the one that a
+            guide has shifted; ``none`` records states alone, of deterministic steps too.
+        means: also record the means of the recorded steps.
+        branch: step -> number of children that every row splits into before its draw.
+        spread: private against shared noise of siblings, see ``noise.siblings``; None draws them independently.
+        first: first step that each row takes, (rows,), for completion from stored states. None: all from step 0.
+        output: finished samples are the last state, or the x0-prediction of the last evaluation (DanceGRPO).
+    """
+
+    stochastic: Bool[Tensor, " steps"] | Bool[Tensor, "rows steps"] | None = None
+    record: Bool[Tensor, " steps"] | None = None
+    score: Literal["base", "guided", "none"] = "base"
+    means: bool = False
+    branch: Mapping[int, int] = field(default_factory=dict[int, int])
+    spread: float | None = None
+    first: Int[Tensor, " rows"] | None = None
+    output: Literal["state", "x0"] = "state"
+
+    @property
+    def leaves(self) -> int:
+        """Finished samples per row."""
+        return math.prod(self.branch.values())
+
+    def stochastic_rows(self, rows: Tensor, position: int) -> Bool[Tensor, " rows"]:
+        """Which of the given original rows take this step by the preset's kernel."""
+        if self.stochastic is None:
+            return torch.ones(len(rows), dtype=torch.bool)
+        if self.stochastic.dim() == 1:
+            return self.stochastic[position].expand(len(rows))
+        return self.stochastic[rows, position]
+
+
+PLAIN = Plan()
+
+
+def start_state(
+    process: Process, noise: NoiseSource, index: Int[Tensor, " rows"], shape: tuple[int, ...], purpose: str = "start"
+) -> Shaped[Tensor, "rows *shape"]:
+    """x_1 of each sample, from the noise that belongs to its index."""
+    law = noise.normal if process.noise_law == "normal" else noise.uniform
+    return process.prior(law(index, shape, purpose=purpose))
+
+
+def step_noise(
+    step: Step, noise: NoiseSource, index: Int[Tensor, " rows"], position: int | Tensor, purpose: str = "step"
+) -> Float[Tensor, "rows *noise"]:
+    """The noise that ``step.draw`` consumes, of the law and shape that the step declares."""
+    law = noise.normal if step.noise_law == "normal" else noise.uniform
+    return law(index, step.noise_shape, purpose=purpose, step=position)
+
+
+def rollout(
+    denoise: Denoiser,
+    preset: Preset,
+    grid: Float[Tensor, " times"] | Float[Tensor, "rows times"],
+    x: Shaped[Tensor, "rows *shape"],
+    condition: Condition,
+    *,
+    noise: NoiseSource,
+    index: Int[Tensor, " rows"],
+    plan: Plan = PLAIN,
+    guide: Guide | None = None,
+    project: Project | None = None,
+    observe: Observe | None = None,
+) -> Trajectory:
+    """Denoise ``x`` along ``grid``.
+
+    Args:
+        denoise: counts its evaluations in its ledger; a node of a tree is evaluated once however many children it has.
+        preset: kernel and log-probability convention of the stochastic steps.
+        grid: falling times, float64 on the CPU, one for all or one per row; a step of length 0 does nothing.
+        x: state of each row at the first time of its grid (at ``plan.first`` for completions).
+        condition: one row per state.
+        noise: source of the step noise.
+        index: global sample index of each row. Where the plan branches it must leave room for the leaves: the
+            children of a node take every (leaves below them)-th index from its own.
+        plan: what to do at which step.
+        guide: shifts the law that draws.
+        project: imposes known parts on every drawn state.
+        observe: sees every moment and the state drawn.
+
+    Returns:
+        The trajectory, with what it cost.
+
+    Raises:
+        ValueError: for a grid that does not fall, or a plan that both branches and staggers its rows.
+    """
+    check_grid(grid)
+    before = denoise.ledger.copy()
+    walk = _Walk(denoise, preset, grid, noise, plan, guide, project, observe)
+    row = torch.arange(len(x))
+    front = _Front(x, condition, index, row, torch.full_like(index, -1), plan.leaves)
+    for position in range(grid.shape[-1] - 1):
+        moving = walk.moving(front.row, position)
+        if bool(moving.all()):
+            front = walk.advance(front, position)
+        elif bool(moving.any()):
+            front = _merge(front, walk.advance(take(front, moving.nonzero()[:, 0]), position), moving)
+    edges = _collect(walk.recorded, front.last_edge)
+    root = front.row.to(x.device)
+    return Trajectory(front.x, root, take(condition, root), edges, front.last_edge, denoise.ledger - before)
+
+
+@dataclass(frozen=True)
+class _Front(Batched):
+    """The states under way, one row for every leaf so far.
+
+    ``row`` is the input row it grew from, on the CPU, where it selects grids and windows; ``last_edge`` its newest
+    recorded edge; ``leaves`` the finished samples that will come of each row.
+    """
+
+    x: Tensor
+    condition: Condition
+    index: Tensor
+    row: Tensor
+    last_edge: Tensor
+    leaves: int
+
+
+@dataclass
+class _Walk:
+    """The constants of one rollout, and the edges recorded so far."""
+
+    denoise: Denoiser
+    preset: Preset
+    grid: Tensor
+    noise: NoiseSource
+    plan: Plan
+    guide: Guide | None
+    project: Project | None
+    observe: Observe | None
+    recorded: list[Edges] = field(default_factory=list[Edges])
+
+    def moving(self, row: Int[Tensor, " rows"], position: int) -> Bool[Tensor, " rows"]:
+        """Rows that have begun and whose step has a length."""
+        times = self.grid[..., position : position + 2].expand(int(row.max()) + 1, 2)[row]
+        moving = times[:, 0] > times[:, 1]
+        if self.plan.first is not None:
+            moving = moving & (self.plan.first[row] <= position)
+        if self.plan.branch and not bool(moving.all()):
+            raise ValueError(
+                "a rollout that branches must move all its rows together: give it one grid and no first step"
+            )
+        return moving
+
+    def advance(self, front: _Front, position: int) -> _Front:
+        """One step of every row: evaluate, split, draw, record."""
+        pair = self.grid[..., position : position + 2]
+        t, s = _times(pair if pair.dim() == 1 else pair[front.row], front.x)
+        condition = self.denoise.prepare(front.x, t, front.condition)
+        prediction = self.denoise(front.x, t, condition)
+        front = replace(front, condition=condition)
+        children = self.plan.branch.get(position, 1)
+        shared = None
+        if children > 1:
+            shared = front.index.repeat_interleave(children)
+            again = torch.arange(len(front.x), device=front.x.device).repeat_interleave(children)
+            front, prediction, t, s = _split(front, again, children), take(prediction, again), t[again], s[again]
+        stochastic = self.plan.stochastic_rows(front.row, position)
+        step = self._step(prediction, front.x, t, s, stochastic)
+        moment = Moment(prediction, front.x, t, s, front.condition, step, front.index, position)
+        drawing = self._guided(moment)
+        x_s = drawing.draw(self._noise(drawing, front.index, shared, position))
+        if self.project is not None:
+            x_s = self.project(x_s, s, front.condition)
+        if self.observe is not None:
+            self.observe(moment, x_s)
+        last_edge = self._record(front, moment, drawing, x_s, stochastic)
+        if self.plan.output == "x0" and position == self.grid.shape[-1] - 2:
+            x_s = prediction.x0
+        return replace(front, x=x_s, last_edge=last_edge)
+
+    def _step(self, prediction: Prediction, x: Tensor, t: Tensor, s: Tensor, stochastic: Tensor) -> Step:
+        if bool(stochastic.all()):
+            return self.preset.step(prediction, x, t, s)
+        ode = Euler()(prediction, x, t, s)
+        if not bool(stochastic.any()):
+            return ode
+        step = self.preset.step(prediction, x, t, s)
+        if not isinstance(step, GaussianStep):
+            raise ValueError(f"a window of stochastic steps needs a Gaussian kernel, not the preset {self.preset.name}")
+        return step.only(stochastic.to(x.device), otherwise=ode)
+
+    def _guided(self, moment: Moment) -> Step:
+        if self.guide is None:
+            return moment.step
+        with torch.enable_grad():
+            delta = self.guide(moment)
+        return moment.step if delta is None else moment.step.shift(delta.detach())
+
+    def _noise(self, step: Step, index: Tensor, shared: Tensor | None, position: int) -> Tensor:
+        own = step_noise(step, self.noise, index, position)
+        if shared is None or self.plan.spread is None:
+            return own
+        return siblings(step_noise(step, self.noise, shared, position, purpose="siblings"), own, self.plan.spread)
+
+    def _record(self, front: _Front, moment: Moment, drawing: Step, x_s: Tensor, stochastic: Tensor) -> Tensor:
+        """Append the recorded rows of this step; returns every row's newest edge."""
+        position = int(moment.position)
+        if self.plan.record is None or not bool(self.plan.record[position]):
+            return front.last_edge
+        scored = self.plan.score != "none"
+        keep = stochastic if scored and not drawing.deterministic else torch.full_like(stochastic, not scored)
+        rows = keep.nonzero()[:, 0].to(x_s.device)
+        count = sum(len(part.step) for part in self.recorded)
+        numbers = torch.arange(count, count + len(rows), device=x_s.device)
+        step = take(drawing if self.plan.score == "guided" else moment.step, rows)
+        log_prob = self.preset.log_prob(step, x_s[rows]) if scored and len(rows) else None
+        means = step.mean if self.plan.means and isinstance(step, GaussianStep) else None
+        if len(rows):
+            edges = Edges(
+                sample=torch.zeros_like(numbers),
+                step=torch.full_like(numbers, position),
+                t=moment.t[rows],
+                s=moment.s[rows],
+                x_t=front.x[rows],
+                x_s=x_s[rows],
+                log_prob=log_prob,
+                mean=means,
+                parent=front.last_edge[rows],
+            )
+            self.recorded.append(edges)
+        return front.last_edge.index_copy(0, rows, numbers)
+
+
+def _times(
+    pair: Float[Tensor, " two"] | Float[Tensor, "rows two"], x: Shaped[Tensor, "rows *shape"]
+) -> tuple[Tensor, Tensor]:
+    """(t, s), each (rows,), on the device of x; float32, or float64 if x is."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    pair = pair.to(device=x.device, dtype=dtype).expand(len(x), 2)
+    return pair[:, 0].contiguous(), pair[:, 1].contiguous()
+
+
+def _split(front: _Front, again: Tensor, children: int) -> _Front:
+    """Every row ``children`` times, each child with the noise index of its own first leaf."""
+    split = take(front, again)
+    leaves = front.leaves // children
+    offset = torch.arange(children, device=front.index.device).repeat(len(front.index)) * leaves
+    return replace(split, index=split.index + offset, leaves=leaves)
+
+
+def _merge(front: _Front, moved: _Front, moving: Bool[Tensor, " rows"]) -> _Front:
+    """``front`` with the moved rows written back."""
+    rows = moving.nonzero()[:, 0].to(front.x.device)
+    last_edge = front.last_edge.index_copy(0, rows, moved.last_edge)
+    return replace(front, x=front.x.index_copy(0, rows, moved.x), last_edge=last_edge)
+
+
+def _collect(parts: list[Edges], last_edge: Int[Tensor, " leaves"]) -> Edges:
+    """All edges in order of step, each with the first leaf whose path holds it."""
+    if not parts:
+        none = torch.zeros(0, dtype=torch.int64, device=last_edge.device)
+        return Edges(none, none, torch.zeros(0, device=last_edge.device))
+    edges = join(parts)
+    assert edges.parent is not None
+    owner = torch.full_like(edges.parent, len(last_edge))
+    samples = torch.arange(len(last_edge), device=last_edge.device)
+    at = last_edge
+    while bool((at >= 0).any()):
+        live = at >= 0
+        owner.scatter_reduce_(0, at[live], samples[live], "amin")
+        at = torch.where(live, edges.parent[at.clamp(min=0)], at)
+    return replace(edges, sample=owner)
+
+
+def sample(
+    denoise: Denoiser,
+    sampler: Sampler,
+    x: Shaped[Tensor, "rows *shape"],
+    condition: Condition,
+    *,
+    noise: NoiseSource,
+    index: Int[Tensor, " rows"],
+) -> Shaped[Tensor, "rows *shape"]:
+    """Plain sampling: by the sampler's solver if it has one, else by its kernel."""
+    if sampler.solver is not None:
+        return sampler.solver(denoise, x, condition, sampler.grid)
+    preset = Preset("plain", sampler.kernel)
+    return rollout(denoise, preset, sampler.grid, x, condition, noise=noise, index=index).x_0
+
+
+def replay(denoise: Denoiser, preset: Preset, edges: Edges, condition: Condition, guide: Guide | None = None) -> Moment:
+    """The moment of recorded edges under the weights of ``denoise``, with their gradient; its ``step`` drew them.
+
+    Args:
+        denoise: with the weights to score.
+        preset: the one of the rollout.
+        edges: rows of transitions.
+        condition: one row per edge.
+        guide: given where the rollout scored the guided law.
+    """
+    if edges.x_t is None or edges.s is None:
+        raise ValueError("replay needs transitions: record states in the rollout plan")
+    condition = denoise.prepare(edges.x_t, edges.t, condition)
+    prediction = denoise(edges.x_t, edges.t, condition)
+    step = preset.step(prediction, edges.x_t, edges.t, edges.s)
+    moment = Moment(prediction, edges.x_t, edges.t, edges.s, condition, step, edges.sample, edges.step)
+    delta = None if guide is None else guide(moment)
+    return moment if delta is None else replace(moment, step=step.shift(delta))

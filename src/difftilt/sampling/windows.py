@@ -1,0 +1,74 @@
+"""Which steps of a rollout are stochastic and trained, as pure functions of the iteration.
+
+The last step of a grid is never trained: its std is tiny and its density explodes. A window is a run of consecutive
+stochastic steps inside the others; everything outside it follows the ODE.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from difftilt.sampling.protocol import NoiseSource
+
+Motion = Literal["sliding", "decay", "exponential_decay", "random"]
+
+
+def window_mask(steps: int, start: int, width: int) -> Bool[Tensor, " steps"]:
+    """True for steps start .. start + width - 1."""
+    place = torch.arange(steps)
+    return (place >= start) & (place < start + width)
+
+
+def random_start(noise: NoiseSource, low: int, high: int, width: int) -> int:
+    """A window's first step, uniform over [low, high - width], from this iteration's noise (Flow-GRPO-Fast).
+
+    Raises:
+        ValueError: if no window of this width fits between ``low`` and ``high``.
+    """
+    count = high - width - low + 1
+    if count < 1:
+        raise ValueError(f"a window of {width} steps does not fit into steps {low} to {high - 1}")
+    uniform = noise.uniform(torch.zeros(1, dtype=torch.int64), (1,), purpose="window")
+    return low + min(int(float(uniform) * count), count - 1)
+
+
+def moving_start(iteration: int, positions: int, every: int, stride: int = 1, motion: Motion = "sliding") -> int:
+    """A window's first step, moving through its positions and rolling back to the first (MixGRPO, arXiv 2507.21802).
+
+    Args:
+        iteration: counts from 0.
+        positions: number of starts at which the window fits before the untrained last step.
+        every: iterations at one position.
+        stride: steps by which it moves.
+        motion: ``sliding`` stays ``every`` iterations everywhere; ``exponential_decay`` stays
+            ceil(every·exp(-0.1·max(0, start - 13))); ``decay`` falls linearly from ``every`` at the first start to 1 at
+            the last (its published form was not available: reconstructed).
+    """
+    starts = list(range(0, positions, stride))
+    stays = [_stay(start, positions, every, motion) for start in starts]
+    place = iteration % sum(stays)
+    for start, stay in zip(starts, stays, strict=True):
+        if place < stay:
+            return start
+        place -= stay
+    raise AssertionError("unreachable: place is below the sum of all stays")
+
+
+def _stay(start: int, positions: int, every: int, motion: Motion) -> int:
+    if motion == "exponential_decay":
+        return math.ceil(every * math.exp(-0.1 * max(0, start - 13)))
+    if motion == "decay":
+        return max(1, round(every * (1 - start / max(positions, 1))))
+    return every
+
+
+def random_steps(
+    noise: NoiseSource, index: Int[Tensor, " samples"], steps: int, fraction: float
+) -> Bool[Tensor, "samples steps"]:
+    """For every sample a random subset of max(1, floor(fraction·steps)) steps (DanceGRPO trains 60 %)."""
+    count = max(1, math.floor(fraction * steps))
+    order: Float[Tensor, "samples steps"] = noise.uniform(index, (steps,), purpose="trained steps")
+    return order.argsort(1).argsort(1) < count

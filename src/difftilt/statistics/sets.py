@@ -1,0 +1,100 @@
+"""Distances between two sets of feature vectors, and the diversity of one. Sums in float64."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Points = Float[Tensor, "rows dim"]
+Others = Float[Tensor, "others dim"]
+Kernel = Callable[[Tensor, Tensor], Tensor]
+"""``(rows, dim), (others, dim) -> (rows, others)``, positive definite."""
+
+
+def frechet_from_moments(
+    mean_x: Float[Tensor, " dim"],
+    cov_x: Float[Tensor, "dim dim"],
+    mean_y: Float[Tensor, " dim"],
+    cov_y: Float[Tensor, "dim dim"],
+) -> Float[Tensor, ""]:
+    """|mean_x - mean_y|² + tr(C_x + C_y - 2 (C_x C_y)^(1/2)): squared 2-Wasserstein distance of two Gaussians.
+
+    The trace of the root is the sum of the roots of the eigenvalues of C_x C_y, found from the similar symmetric
+    matrix C_x^(1/2) C_y C_x^(1/2); eigenvalues that rounding made negative are set to 0 (Heusel et al. 2017).
+    """
+    values, vectors = torch.linalg.eigh(cov_x.double())
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    product = torch.linalg.eigvalsh(root @ cov_y.double() @ root).clamp(min=0)
+    gap = (mean_x.double() - mean_y.double()).square().sum()
+    return gap + cov_x.double().trace() + cov_y.double().trace() - 2 * product.sqrt().sum()
+
+
+def frechet_distance(x: Points, y: Others) -> Float[Tensor, ""]:
+    """:func:`frechet_from_moments` of two samples with unbiased covariances; at least 2 rows each."""
+    x, y = x.double(), y.double()
+    return frechet_from_moments(x.mean(0), covariance(x), y.mean(0), covariance(y))
+
+
+def covariance(x: Points) -> Float[Tensor, "dim dim"]:
+    """Unbiased covariance of the rows."""
+    centred = x - x.mean(0)
+    return centred.T @ centred / (len(x) - 1)
+
+
+def rbf_kernel(bandwidth: float) -> Kernel:
+    """exp(-|x - y|² / (2·bandwidth²))."""
+    return lambda x, y: (-torch.cdist(x, y).square() / (2 * bandwidth**2)).exp()
+
+
+def polynomial_kernel(degree: int = 3) -> Kernel:
+    """(x·y/dim + 1)^degree, the kernel of KID (Binkowski et al. 2018)."""
+    return lambda x, y: (x @ y.T / x.shape[1] + 1) ** degree
+
+
+def mmd_squared(x: Points, y: Others, kernel: Kernel, *, unbiased: bool = True) -> Float[Tensor, ""]:
+    """E k(x, x') + E k(y, y') - 2 E k(x, y) (Gretton et al. 2012).
+
+    Unbiased leaves the pairs of a sample with itself out, may be negative, and has mean 0 for equal laws.
+    """
+    x, y = x.double(), y.double()
+    within = _mean_within(kernel(x, x), unbiased) + _mean_within(kernel(y, y), unbiased)
+    return within - 2 * kernel(x, y).mean()
+
+
+def _mean_within(gram: Float[Tensor, "rows rows"], unbiased: bool) -> Float[Tensor, ""]:
+    size = len(gram)
+    return (gram.sum() - gram.trace()) / (size * (size - 1)) if unbiased else gram.mean()
+
+
+def kernel_distance(x: Points, y: Others) -> Float[Tensor, ""]:
+    """KID: the unbiased squared MMD with the cubic polynomial kernel."""
+    return mmd_squared(x, y, polynomial_kernel())
+
+
+def vendi_score(features: Points, kernel: Kernel | None = None) -> Float[Tensor, ""]:
+    """Effective number of different samples, in [1, rows]: exp of the entropy of the eigenvalues of K/rows.
+
+    Args:
+        features: (rows, dim).
+        kernel: with k(x, x) = 1; None is the cosine of the features (Friedman and Dieng 2023).
+    """
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    gram = unit @ unit.T if kernel is None else kernel(features.double(), features.double())
+    eigenvalues = torch.linalg.eigvalsh(gram / len(features)).clamp(min=0)
+    return torch.special.entr(eigenvalues).sum().exp()
+
+
+def coverage(reference: Points, samples: Others, neighbours: int = 5) -> Float[Tensor, ""]:
+    """Share of reference points with a sample within the distance of their k-th neighbour (Naeem et al. 2020)."""
+    reference, samples = reference.double(), samples.double()
+    # the nearest of a point to its own set is itself, so the k-th neighbour is entry k
+    radius = torch.cdist(reference, reference).sort(dim=1).values[:, neighbours]
+    return (torch.cdist(reference, samples).amin(dim=1) <= radius).double().mean()
+
+
+def mode_shares(samples: Points, modes: Float[Tensor, "modes dim"], radius: float) -> Float[Tensor, " modes"]:
+    """Share of the samples whose nearest mode it is and that lie within ``radius`` of it; the rest is off-mode."""
+    distance, nearest = torch.cdist(samples.double(), modes.double()).min(dim=1)
+    counted = torch.bincount(nearest[distance <= radius], minlength=len(modes))
+    return counted.double() / len(samples)

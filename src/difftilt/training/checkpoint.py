@@ -1,0 +1,128 @@
+"""Checkpoints that a kill at any moment cannot damage, and that nothing but safetensors and JSON can be read from.
+
+A checkpoint is written into a temporary directory, flushed to the disk, given a manifest of SHA-256 hashes and renamed;
+``latest`` is a symbolic link that is replaced in one step. On reading, every file must match its hash.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from difftilt.errors import UserError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+
+def save_checkpoint(
+    directory: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write ``directory/step_<step>`` and point ``directory/latest`` at it.
+
+    Args:
+        directory: of all checkpoints of the run.
+        step: iterations finished.
+        tensors: file stem -> tensors.
+        state: plain JSON.
+        keep: number of newest checkpoints that stay.
+
+    Returns:
+        The directory of the checkpoint.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / f"step_{step}"
+    temporary = directory / f".writing_{step}_{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for stem, group in tensors.items():
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()},
+            temporary / f"{stem}.safetensors",
+        )
+    (temporary / STATE).write_text(json.dumps(state, sort_keys=True))
+    hashes = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+    (temporary / MANIFEST).write_text(json.dumps(hashes, indent=1))
+    for path in temporary.iterdir():
+        _flush(path)
+    _flush(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    link = directory / f".latest_{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    link.replace(directory / "latest")
+    _flush(directory)
+    _tidy(directory, keep)
+    return final
+
+
+def load_checkpoint(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Read a checkpoint back after checking every file against the manifest.
+
+    Args:
+        directory: of one checkpoint, e.g. ``run/checkpoints/latest``.
+
+    Raises:
+        UserError: if a file is missing or changed; an earlier checkpoint may still be whole.
+    """
+    remedy = f"remove {directory.resolve()} and resume from an earlier checkpoint, or start again in a new directory"
+    try:
+        hashes: dict[str, str] = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {directory} has no readable manifest ({error}): {remedy}") from error
+    for name, digest in hashes.items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"checkpoint {directory} lacks {name}: {remedy}")
+        if _digest(path) != digest:
+            raise UserError(f"checkpoint file {path} is damaged (its hash differs from the manifest): {remedy}")
+    tensors = {Path(name).stem: load_file(directory / name) for name in hashes if name.endswith(".safetensors")}
+    return tensors, json.loads((directory / STATE).read_text())
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The per-parameter state of an optimiser as flat tensors ``index/name``."""
+    state: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
+    return {
+        f"{index}/{name}": torch.as_tensor(value) for index, slots in state.items() for name, value in slots.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put flat tensors back; the settings (learning rate, betas) stay those of the present configuration."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split("/", 1)
+        slots.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Fsync of a file or directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _tidy(directory: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints, and what a killed process left half-written."""
+    steps = sorted((int(path.name[5:]), path) for path in directory.glob("step_*"))
+    for _, path in steps[:-keep]:
+        shutil.rmtree(path)
+    for path in directory.glob(".writing_*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,53 @@
+"""Configuration that every training method shares."""
+
+from pydantic import Field
+
+from difftilt.config import Config
+from difftilt.training.monitors import MonitorConfig
+
+
+class OptimizerConfig(Config):
+    """AdamW and the gradient clip."""
+
+    lr: float = Field(default=3e-4, gt=0)
+    """Learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """The gradient of an update is scaled down to this norm."""
+
+
+class TrainingConfig(Config):
+    """One run of the loop."""
+
+    iterations: int = Field(default=100, ge=1)
+    """Rounds of collect and update."""
+    seed: int = Field(default=0, ge=0)
+    """Fixes every draw of the run."""
+    forward_batch: int = Field(default=64, ge=1)
+    """Rows of every network call: shorter batches are padded, longer ones are split."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Of the role ``current``, and of other trained roles where they do not say otherwise."""
+    evaluate_every: int = Field(default=10, ge=0)
+    """Iterations between evaluations on held-out prompts; 0 evaluates only before the first and after the last."""
+    evaluation_samples: int = Field(default=256, ge=2)
+    """Samples of an evaluation, at fixed prompts and fixed noise."""
+    checkpoint_every: int = Field(default=10, ge=1)
+    """Iterations between checkpoints; the last iteration always has one."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Older checkpoints are removed."""
+    device: str = "cpu"
+    """Torch device of the network."""
+    monitors: MonitorConfig = MonitorConfig()
+    """Thresholds at which the monitors speak."""
+
+
+class GroupSampling(Config):
+    """For methods that draw groups of samples of one prompt."""
+
+    groups: int = Field(default=16, ge=1)
+    """Prompts per iteration."""
+    group_size: int = Field(default=16, ge=2)
+    """Samples per prompt."""

@@ -1,0 +1,278 @@
+"""The one loop: collect experience, learn from it phase by phase, measure, save. Every method runs here."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from difftilt.errors import GuardError, UserError
+from difftilt.models.protocol import Frozen, RoleSpec, Trained
+from difftilt.models.roles import CopiedRoles
+from difftilt.sampling.noise import Noise
+from difftilt.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from difftilt.training.config import TrainingConfig
+from difftilt.training.experience import Experience
+from difftilt.training.logs import append_row, read_rows, truncate_rows
+from difftilt.training.measure import Measured, diversity_of, measure, quick_drift
+from difftilt.training.monitors import Verdict, judge
+from difftilt.training.pictures import save_picture
+from difftilt.training.protocol import Method, Task
+from difftilt.training.run import LoopRun
+from difftilt.training.update import Updater
+from difftilt.training.world import World, join_world
+
+Row = dict[str, float]
+Hook = Callable[[Mapping[str, float], Sequence[Verdict]], None]
+"""Called after every iteration with its row of metrics and the verdicts of the monitors."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The end of a run.
+
+    Attributes:
+        directory: of the run, or None.
+        rows: one per iteration.
+        before, after: evaluations on held-out prompts.
+        verdicts: of the monitors, over the whole run.
+        run: task, roles and ledger, to go on with.
+    """
+
+    directory: Path | None
+    rows: list[Row]
+    before: dict[str, float]
+    after: dict[str, float]
+    verdicts: list[Verdict]
+    run: LoopRun
+
+
+@dataclass
+class _Loop:
+    """The parts of one run."""
+
+    method: Method
+    config: TrainingConfig
+    directory: Path | None
+    run: LoopRun
+    updater: Updater
+    hooks: Sequence[Hook]
+    start: int = 0
+    rows: list[Row] = field(default_factory=list[Row])
+    verdicts: list[Verdict] = field(default_factory=list[Verdict])
+
+    @property
+    def writes(self) -> Path | None:
+        """The run directory in the one process that writes."""
+        return self.directory if self.run.world.main else None
+
+    def iterate(self, iteration: int) -> None:
+        """One iteration: collect, learn, follow, log, judge."""
+        run = self.run
+        run.begin(iteration)
+        self.updater.fresh = True
+        before = run.ledger.copy()
+        began = time.perf_counter()
+        with torch.no_grad():
+            experience = self.method.collect(run)
+        collected = time.perf_counter()
+        learned: Row = {}
+        for place, phase in enumerate(self.method.phases(run)):
+            if phase.when(iteration):
+                learned |= self.updater.run_phase(phase, experience, run.noise.named(f"phase{place}"))
+        self.updater.follow()
+        ended = time.perf_counter()
+        row: Row = {"iteration": iteration, **_reward_row(run, experience), **learned}
+        row |= _drift_row(run, self.method.evaluated_role, experience)
+        cost = run.ledger - before
+        counts = run.world.total(torch.tensor([cost.nfe, cost.reward_calls, cost.gradient_passes]))
+        row |= dict(zip(("nfe", "reward_calls", "gradient_passes"), counts.tolist(), strict=True))
+        row["time/reward"] = run.reward_seconds
+        row["time/rollout"] = collected - began - run.reward_seconds
+        row["time/update"] = ended - collected
+        row["samples_per_second"] = sum(run.world.lengths(len(experience.index))) / (ended - began)
+        every = self.config.evaluate_every
+        if (every and (iteration + 1) % every == 0) or iteration + 1 == self.config.iterations:
+            row |= {f"heldout/{name}": value for name, value in self.evaluate(iteration + 1).numbers.items()}
+        self._finish(row)
+
+    def _finish(self, row: Row) -> None:
+        self.rows.append(row)
+        if self.writes is not None:
+            append_row(self.writes / "metrics.jsonl", row)
+        verdicts = judge(self.rows, self.config.monitors)
+        self.verdicts += verdicts
+        for hook in self.hooks if self.run.world.main else ():
+            hook(row, verdicts)
+
+    def evaluate(self, step: int) -> Measured:
+        """Measure the evaluated role as the method means it to be sampled, and keep a picture."""
+        sampler = self.method.sampler(self.run.task)
+        count = self.config.evaluation_samples
+        measured = measure(self.run, self.method.evaluated_role, sampler, count, self.config.seed)
+        if self.writes is not None:
+            save_picture(self.writes / "samples", f"step_{step}", measured.samples)
+        return measured
+
+    def save(self, step: int) -> None:
+        """Checkpoint after ``step`` iterations; the first one is read back and compared."""
+        if self.writes is None:
+            return
+        tensors = {"weights": self.run.roles.state_dict(), "method": dict(self.method.state_dict())}
+        for role, optimizer in self.updater.optimizers.items():
+            tensors[f"optimizer_{role}"] = optimizer_tensors(optimizer)
+        tensors["random"] = {"torch": torch.get_rng_state()}
+        state = {"iteration": step, "steps": self.updater.steps, "ledger": asdict(self.run.ledger)}
+        path = save_checkpoint(self.writes / "checkpoints", step, tensors, state, self.config.keep_checkpoints)
+        if step == self.start + self.config.checkpoint_every or step == self.config.iterations:
+            _compare(path, tensors)
+
+    def restore(self) -> None:
+        """Continue from the newest checkpoint; the logs are cut back to it."""
+        assert self.directory is not None
+        latest = self.directory / "checkpoints" / "latest"
+        if not latest.exists():
+            raise UserError(
+                f"{self.directory} has no checkpoint to resume from: remove it and start again without --resume"
+            )
+        tensors, state = load_checkpoint(latest)
+        self.run.roles.load_state_dict(tensors["weights"])
+        self.method.load_state_dict(tensors["method"])
+        for role, optimizer in self.updater.optimizers.items():
+            load_optimizer(optimizer, tensors[f"optimizer_{role}"])
+        torch.set_rng_state(tensors["random"]["torch"])
+        self.updater.steps.update(state["steps"])
+        for name, value in state["ledger"].items():
+            setattr(self.run.ledger, name, value)
+        self.start = int(state["iteration"])
+        if self.writes is not None:
+            truncate_rows(self.writes / "metrics.jsonl", self.start)
+        self.run.world.barrier()
+        self.rows = read_rows(self.directory / "metrics.jsonl")
+
+
+def train_task(
+    task: Task,
+    method: Method,
+    config: TrainingConfig,
+    directory: Path | None = None,
+    *,
+    laws: Sequence[str] = (),
+    resume: bool = False,
+    hooks: Sequence[Hook] = (),
+    world: World | None = None,
+) -> TrainResult:
+    """Train.
+
+    Args:
+        task: model, reward, prompts.
+        method: what to do with them.
+        config: of the run.
+        directory: for metrics, checkpoints and pictures; None writes nothing.
+        laws: declared by the method's card; ``ratio_one`` becomes a guard.
+        resume: continue from the newest checkpoint in ``directory``.
+        hooks: called after every iteration.
+        world: processes; None joins those of ``torchrun``.
+
+    Raises:
+        UserError: for a configuration, a directory or a checkpoint that cannot work.
+        RewardError: for a reward that fails; the last checkpoint stays.
+        GuardError: if something that theory promises does not hold.
+    """
+    loop = _assemble(task, method, config, directory, laws, hooks, world or join_world())
+    if resume:
+        loop.restore()
+    before = _before(loop, resume)
+    if not resume:
+        loop.save(0)
+    for iteration in range(loop.start, config.iterations):
+        loop.iterate(iteration)
+        if (iteration + 1) % config.checkpoint_every == 0 or iteration + 1 == config.iterations:
+            loop.save(iteration + 1)
+    after = {name[8:]: value for name, value in loop.rows[-1].items() if name.startswith("heldout/")}
+    if loop.writes is not None:
+        summary = {"before": before, "after": after, "verdicts": [asdict(verdict) for verdict in loop.verdicts]}
+        (loop.writes / "summary.json").write_text(json.dumps(summary, indent=1))
+    return TrainResult(directory, loop.rows, before, after, loop.verdicts, loop.run)
+
+
+def _assemble(
+    task: Task,
+    method: Method,
+    config: TrainingConfig,
+    directory: Path | None,
+    laws: Sequence[str],
+    hooks: Sequence[Hook],
+    world: World,
+) -> _Loop:
+    model = method.adapt(task.model)
+    if not isinstance(model.network, nn.Module):
+        raise UserError(f"task {task.name} has no weights to train: its network is not an nn.Module")
+    device = torch.device(config.device)
+    specs: dict[str, RoleSpec] = dict(method.roles())
+    roles = CopiedRoles(model.network.to(device), specs)
+    run = LoopRun(replace(task, model=model), roles, world, Noise(config.seed), config.forward_batch, device)
+    trained: dict[str, Mapping[str, Any]] = {"current": {}}
+    trained |= {name: spec.optimizer for name, spec in specs.items() if isinstance(spec, Trained)}
+    defaults = config.optimizer.model_dump()
+    settings = {role: {**defaults, **changes} for role, changes in trained.items()}
+    optimizers = {
+        role: torch.optim.AdamW(
+            list(roles.parameters(role)), lr=chosen["lr"], betas=chosen["betas"], weight_decay=chosen["weight_decay"]
+        )
+        for role, chosen in settings.items()
+    }
+    clips = {role: chosen["max_grad_norm"] for role, chosen in settings.items()}
+    updater = Updater(run, optimizers, clips, specs, laws, dict.fromkeys(trained, 0))
+    if directory is not None and world.main:
+        directory.mkdir(parents=True, exist_ok=True)
+    return _Loop(method, config, directory, run, updater, hooks)
+
+
+def _before(loop: _Loop, resume: bool) -> dict[str, float]:
+    """The evaluation before training: measured once, kept in the run directory."""
+    path = None if loop.directory is None else loop.directory / "before.json"
+    if resume and path is not None and path.exists():
+        return json.loads(path.read_text())
+    if loop.start > 0:
+        raise UserError(f"{path} is missing: the run directory was changed; start again in a new one")
+    numbers = loop.evaluate(0).numbers
+    if loop.writes is not None:
+        (loop.writes / "before.json").write_text(json.dumps(numbers, indent=1))
+    return numbers
+
+
+def _reward_row(run: LoopRun, experience: Experience) -> Row:
+    """Mean and spread of the reward and its components, and the share of groups without variance."""
+    if experience.rewards is None:
+        return {}
+    rewards, group = run.gather(experience.rewards.double(), experience.group)
+    row: Row = {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std(correction=0))}
+    for name, values in experience.components.items():
+        row[f"reward/{name}"] = float(run.gather(values)[0].double().mean())
+    spread = torch.stack([rewards[group == one].std(correction=0) for one in group.unique()])
+    row["zero_std_fraction"] = float((spread < 1e-8).double().mean())
+    return row
+
+
+def _drift_row(run: LoopRun, role: str, experience: Experience) -> Row:
+    """Drift and diversity of this iteration's own samples."""
+    if experience.x_0 is None:
+        return {}
+    with torch.no_grad():
+        media = run.task.model.decode(experience.x_0)
+        drift = quick_drift(run, role, experience.x_0, experience.condition, experience.index)
+    return {"kl_reference": drift, "diversity": diversity_of(run, media, experience.group)}
+
+
+def _compare(path: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Restored equals saved, bit for bit."""
+    restored, _ = load_checkpoint(path)
+    for stem, group in tensors.items():
+        for name, tensor in group.items():
+            if not torch.equal(restored[stem][name], tensor.detach().cpu()):
+                raise GuardError(f"checkpoint {path}: {stem}/{name} does not read back as it was written")

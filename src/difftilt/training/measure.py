@@ -1,0 +1,113 @@
+"""Measuring a model on held-out prompts at fixed noise: reward, drift and diversity side by side."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from difftilt.models.ledger import Ledger
+from difftilt.process.grid import uniform_grid
+from difftilt.process.protocol import Condition
+from difftilt.rewards.protocol import Samples
+from difftilt.sampling.drift import path_kl
+from difftilt.sampling.noise import Noise
+from difftilt.sampling.protocol import Sampler
+from difftilt.sampling.rollout import sample, start_state
+from difftilt.statistics.diversity import mean_group_diversity
+from difftilt.training.experience import PromptBatch
+from difftilt.training.run import LoopRun
+from difftilt.trees import take
+
+DRIFT_STEPS = 20
+"""Steps of the grid on which the path KL is summed: its own, so that numbers do not depend on a method's sampler."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation.
+
+    Attributes:
+        numbers: ``reward``, ``reward/<component>``, every held-out reward, ``kl_reference``, ``diversity``.
+        samples: decoded, of this process.
+    """
+
+    numbers: dict[str, float]
+    samples: Samples
+
+
+def measure(run: LoopRun, role: str, sampler: Sampler, count: int, seed: int) -> Measured:
+    """Evaluate the weights of ``role`` on held-out prompts, the same prompts and noise for every call with one seed.
+
+    Args:
+        run: gives task, roles and processes. Its ledger does not count evaluations.
+        role: whose weights.
+        sampler: how to sample.
+        count: samples over all prompts and processes; every prompt gets at least two.
+        seed: of prompts and noise.
+    """
+    uncounted, run.ledger = run.ledger, Ledger()
+    noise = Noise(seed).named("evaluation")
+    with torch.no_grad():
+        batch = _heldout_batch(run, count)
+        denoise = run.denoiser(role, sampler.guidance)
+        x_t = start_state(denoise.process, noise, batch.index, run.task.model.shape)
+        x_0 = sample(denoise, sampler, x_t, batch.condition, noise=noise, index=batch.index)
+        samples = run.samples(x_0, batch, heldout=True)
+        numbers = _rewards(run, samples)
+        drift = drift_of(run, role, x_0, batch, noise)
+        numbers["kl_reference"] = float(run.world.gather(drift).mean())
+        numbers["diversity"] = diversity_of(run, samples.media, batch.group)
+    run.ledger = uncounted
+    return Measured(numbers, samples)
+
+
+def _heldout_batch(run: LoopRun, count: int) -> PromptBatch:
+    prompts = len(run.task.heldout_prompts)
+    groups = min(prompts, max(1, count // 2))
+    size = max(2, count // groups)
+    share = torch.arange(groups)[
+        run.world.rank * groups // run.world.size : (run.world.rank + 1) * groups // run.world.size
+    ]
+    group = share.repeat_interleave(size)
+    return run.batch(group * prompts // groups, group, first=int(share[0]) * size if len(share) else 0, heldout=True)
+
+
+def _rewards(run: LoopRun, samples: Samples) -> dict[str, float]:
+    scores = run.score(samples)
+    columns = {"reward": scores.total} | {f"reward/{name}": value for name, value in scores.components.items()}
+    for name, reward in run.task.heldout.items():
+        columns[name] = run.score_with(reward, samples).total
+    return {name: float(run.world.gather(column).mean()) for name, column in columns.items()}
+
+
+def drift_of(run: LoopRun, role: str, x_0: Tensor, batch: PromptBatch, noise: Noise) -> Float[Tensor, " samples"]:
+    """Path KL of ``role`` to the reference from each sample, in nats: unguided, on a grid of its own."""
+    grid = uniform_grid(DRIFT_STEPS)
+    if run.roles.same(role, "reference"):
+        return torch.zeros(len(x_0), device=x_0.device)
+    current, reference = run.denoiser(role, 1.0), run.denoiser("reference", 1.0)
+    return path_kl(current, reference, x_0, batch.condition, grid, noise, batch.index)
+
+
+def quick_drift(run: LoopRun, role: str, x_0: Tensor, condition: Condition, index: Int[Tensor, " samples"]) -> float:
+    """The same number from one random step of the grid and at most one network batch of samples: unbiased and cheap."""
+    if run.roles.same(role, "reference"):
+        return 0.0
+    uncounted, run.ledger = run.ledger, Ledger()
+    noise = run.noise.named("drift")
+    step = int(noise.permutation(DRIFT_STEPS, purpose="step")[0])
+    grid = uniform_grid(DRIFT_STEPS)[step : step + 2]
+    rows = torch.arange(min(run.forward_batch, len(x_0)), device=x_0.device)
+    with torch.no_grad():
+        current, reference = run.denoiser(role, 1.0), run.denoiser("reference", 1.0)
+        kl = path_kl(current, reference, x_0[rows], take(condition, rows), grid, noise, index[rows])
+    run.ledger = uncounted
+    return float(run.world.gather(kl).mean()) * DRIFT_STEPS
+
+
+def diversity_of(run: LoopRun, media: Tensor, group: Tensor) -> float:
+    """Mean distance between the features of samples of one group; flattened media where the task names no features."""
+    features = media.flatten(1).double() if run.task.features is None else run.task.features(media)
+    every, groups = run.gather(features, group)
+    return float(mean_group_diversity(every, groups))

@@ -1,0 +1,59 @@
+"""Pictures of samples where people look for them: ``samples/`` of a run."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from difftilt.rewards.protocol import Samples
+
+SHOWN = 64
+
+
+def save_picture(directory: Path, name: str, samples: Samples) -> Path:
+    """A grid of images, a scatter plot of vectors, or a list of tokens as JSON; returns the file written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    media = samples.media.detach().cpu()
+    if not media.is_floating_point():
+        path = directory / f"{name}.json"
+        path.write_text(json.dumps(media[:SHOWN].tolist()))
+        return path
+    path = directory / f"{name}.png"
+    if media.dim() == 4:
+        image_grid(media[:SHOWN]).save(path)
+    else:
+        _scatter(media.flatten(1)[:1024], path)
+    return path
+
+
+def image_grid(images: Float[Tensor, "batch channel height width"]) -> Image.Image:
+    """Images in [0, 1] in rows, small ones enlarged without smoothing."""
+    count, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(count))
+    scale = max(1, 64 // max(height, width))
+    rows = math.ceil(count / columns)
+    canvas = torch.ones(rows * (height + 1) - 1, columns * (width + 1) - 1, 3)
+    for place, image in enumerate(images.clamp(0, 1)):
+        top, left = place // columns * (height + 1), place % columns * (width + 1)
+        canvas[top : top + height, left : left + width] = (
+            image.expand(3, -1, -1).permute(1, 2, 0) if channels == 1 else image.permute(1, 2, 0)
+        )
+    picture = Image.fromarray((canvas * 255).round().to(torch.uint8).numpy())
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def _scatter(points: Float[Tensor, "batch dim"], path: Path) -> None:
+    """First two coordinates against each other, or a histogram of a single one."""
+    figure = Figure(figsize=(4, 4), dpi=100)
+    axes = figure.subplots()
+    if points.shape[1] == 1:
+        axes.hist(points[:, 0].numpy(), bins=60)
+    else:
+        axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=4, alpha=0.5)
+        axes.set_aspect("equal", adjustable="datalim")
+    figure.savefig(path)

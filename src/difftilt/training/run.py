@@ -1,0 +1,116 @@
+"""What the loop lends to a method during one iteration: prompts, denoisers by role, rewards and everybody's columns."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difftilt.models.denoiser import NetworkDenoiser
+from difftilt.models.ledger import Ledger
+from difftilt.models.protocol import Denoiser, Roles
+from difftilt.process.protocol import Condition
+from difftilt.rewards.protocol import Reward, Samples, Scores
+from difftilt.rewards.scoring import evaluate
+from difftilt.sampling.noise import Noise
+from difftilt.training.experience import Experience, PromptBatch
+from difftilt.training.protocol import Task
+from difftilt.training.world import World
+from difftilt.trees import join, take, to_device
+
+
+@dataclass
+class LoopRun:
+    """The loop's :class:`~difftilt.training.protocol.Run`.
+
+    Attributes:
+        task: model, reward and prompts; its model is the one that the method adapted.
+        roles: weights by role.
+        world: processes of the run.
+        noise: of the present iteration.
+        forward_batch: rows of every network call.
+        device: of the network.
+        iteration: counts from 0.
+        reward_seconds: spent in rewards during this iteration.
+    """
+
+    task: Task
+    roles: Roles
+    world: World
+    noise: Noise
+    forward_batch: int
+    device: torch.device
+    iteration: int = 0
+    reward_seconds: float = 0.0
+    ledger: Ledger = field(default_factory=Ledger)
+    _encoded: dict[str, Condition] = field(default_factory=dict[str, Condition])
+
+    def begin(self, iteration: int) -> None:
+        """Turn to another iteration."""
+        self.iteration = iteration
+        self.noise = self.noise.at(iteration)
+        self.reward_seconds = 0.0
+
+    def denoiser(self, role: str, guidance: float | None = None) -> Denoiser:
+        model = self.task.model
+        return NetworkDenoiser(
+            self.roles.network(role),
+            model.process,
+            model.output,
+            self.ledger,
+            guidance=self.task.sampler.guidance if guidance is None else guidance,
+            null_condition=model.null_condition,
+            forward_batch=self.forward_batch,
+        )
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Condition with one row per prompt; every distinct prompt is encoded once per run."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        if missing:
+            with torch.no_grad():
+                rows = to_device(self.task.model.encode(missing), self.device)
+            for place, prompt in enumerate(missing):
+                self._encoded[prompt] = take(rows, torch.tensor([place]))
+        return join([self._encoded[prompt] for prompt in prompts])
+
+    def prompts(self, groups: int, size: int) -> PromptBatch:
+        share = self.world.share(groups, "groups per iteration")
+        prompt = torch.tensor([self._prompt_at(self.iteration * groups + slot) for slot in share])
+        group = torch.tensor(list(share)).repeat_interleave(size)
+        return self.batch(prompt.repeat_interleave(size), group, first=share.start * size)
+
+    def batch(self, prompt: Tensor, group: Tensor, first: int = 0, heldout: bool = False) -> PromptBatch:
+        """Rows for the given prompts and groups, with global indices from ``first`` on."""
+        texts = self.task.heldout_prompts if heldout else self.task.prompts
+        condition = self.encode([texts[int(i)] for i in prompt])
+        index = torch.arange(first, first + len(prompt))
+        return PromptBatch(index.to(self.device), group.to(self.device), prompt.to(self.device), condition)
+
+    def _prompt_at(self, place: int) -> int:
+        """The prompt at a place of the endless sequence of shuffled passes over the training prompts."""
+        count = len(self.task.prompts)
+        order = self.noise.at(0).permutation(count, purpose="prompts", step=place // count)
+        return int(order[place % count])
+
+    def samples(self, x_0: Tensor, batch: PromptBatch | Experience, heldout: bool = False) -> Samples:
+        texts = self.task.heldout_prompts if heldout else self.task.prompts
+        prompts = [texts[int(i)] for i in batch.prompt]
+        return Samples(self.task.model.decode(x_0), prompts, prompts, batch.group, batch.condition)
+
+    def score(self, samples: Samples) -> Scores:
+        return self.score_with(self.task.reward, samples)
+
+    def score_with(self, reward: Reward, samples: Samples) -> Scores:
+        """Scores of another reward than the task's own, counted all the same."""
+        start = time.perf_counter()
+        scores = evaluate(reward, samples, self.ledger)
+        self.reward_seconds += time.perf_counter() - start
+        return scores
+
+    def gather(self, *columns: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.world.gather(column) for column in columns)
+
+    def jointly(self, function: Callable[..., Any], *columns: Tensor) -> Any:
+        return self.world.jointly(function, *columns)

@@ -1,0 +1,109 @@
+"""The processes of a run: one alone, or several under ``torchrun``, with equal results."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from difftilt.errors import UserError
+from difftilt.trees import tree_map
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank and number of processes.
+
+    Attributes:
+        rank: of this process.
+        size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """True for the one process that writes files."""
+        return self.rank == 0
+
+    def share(self, count: int, what: str) -> range:
+        """This process's part of ``count`` things in equal contiguous parts.
+
+        Raises:
+            UserError: if they do not divide.
+        """
+        if count % self.size:
+            raise UserError(
+                f"{what} = {count} does not divide among {self.size} processes: use a multiple of {self.size}"
+            )
+        part = count // self.size
+        return range(self.rank * part, (self.rank + 1) * part)
+
+    def gather(self, column: Tensor) -> Tensor:
+        """The rows of all processes in order of rank; processes may hold different numbers of rows."""
+        if self.size == 1:
+            return column
+        lengths = self.lengths(len(column))
+        padded = column.new_zeros((max(lengths), *column.shape[1:]))
+        padded[: len(column)] = column
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded.contiguous())
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    def lengths(self, length: int) -> list[int]:
+        """The given length of every process."""
+        if self.size == 1:
+            return [length]
+        own = torch.tensor([length])
+        every = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(every, own)
+        return [int(one) for one in every]
+
+    def jointly(self, function: Callable[..., Any], *columns: Tensor) -> Any:
+        """``function`` of the gathered columns; of every tensor in its result this process's rows."""
+        if self.size == 1:
+            return function(*columns)
+        lengths = self.lengths(len(columns[0]))
+        start = sum(lengths[: self.rank])
+        result = function(*(self.gather(column) for column in columns))
+        return tree_map(lambda rows: rows[start : start + lengths[self.rank]], result)
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """Sum over processes."""
+        if self.size == 1:
+            return numbers
+        summed = numbers.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Add up the gradients of all processes in one message, in place; a missing one counts as zero."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join_world() -> World:
+    """The world that ``torchrun`` set up in the environment, or a single process."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return World(dist.get_rank(), dist.get_world_size())

@@ -1,0 +1,139 @@
+"""Values learned by regression on noised samples or on states of base trajectories (FK steering 3c, SVDD-MC)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from difftilt.models.mlp import MLP
+from difftilt.process.protocol import Condition, Prediction, Process
+from difftilt.sampling.noise import Noise
+from difftilt.values.protocol import Rows
+
+Regression = Literal["exponential", "stationary", "mean"]
+"""Which conditional expectation the network learns, see :func:`regression_loss`."""
+
+ValueFunction = Callable[[Tensor, Tensor, Condition], Tensor]
+"""``(x_t, t, condition) -> (batch,)`` value in units of the reward."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A network's value of a state; counts no evaluations, for it is not the denoiser."""
+
+    network: ValueFunction
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, condition: Condition, prediction: Prediction | None, rows: Rows
+    ) -> Float[Tensor, " batch"]:
+        return self.network(x_t, t, condition)
+
+
+class ValueNetwork(nn.Module):
+    """A small perceptron on the flattened state and the time, with one output.
+
+    Args:
+        shape: of one state.
+        vocab: number of symbols with the mask, for tokens, which enter one-hot; None for continuous states.
+        hidden: units of its two hidden layers.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, vocab: int | None = None, hidden: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        self.vocab = vocab
+        self.network = MLP(math.prod(shape) * (vocab or 1), 1, hidden=hidden, seed=seed)
+
+    def forward(
+        self, x_t: Shaped[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition = None
+    ) -> Float[Tensor, " batch"]:
+        """The value; the condition is not used."""
+        state = x_t if self.vocab is None else nn.functional.one_hot(x_t, self.vocab)
+        return self.network(state.float(), t)[:, 0]
+
+
+def regression_loss(
+    value: Float[Tensor, " batch"],
+    reward: Float[Tensor, " batch"],
+    temperature: float,
+    kind: Regression,
+    ceiling: float,
+) -> Float[Tensor, " batch"]:
+    """Loss of each row, whose minimiser over functions of the state is the named value (β the temperature).
+
+    exponential: (exp((r - c)/β) - exp((f - c)/β))², minimised by the soft value (FK steering 3c; SVDD eq. for MC).
+    stationary: exp(d) - d - 1 with d = (r - f)/β, capped at 8 in the exponential: the same minimiser, as
+    E[exp((r - f)/β) | x_t] = 1, without the dominance of the largest rewards. mean: (r - f)², minimised by E[r | x_t].
+
+    Args:
+        value: f(x_t, t).
+        reward: r(x_0).
+        temperature: β.
+        kind: which loss.
+        ceiling: c, one fixed number for the whole fit, e.g. the largest reward: a maximum per batch would bias f.
+    """
+    if kind == "mean":
+        return (reward - value) ** 2
+    if kind == "exponential":
+        return (((reward - ceiling) / temperature).exp() - ((value - ceiling) / temperature).exp()) ** 2
+    gap = (reward - value) / temperature
+    return gap.clamp(max=8.0).exp() - gap - 1
+
+
+def fit_value(
+    network: nn.Module,
+    process: Process,
+    x_0: Shaped[Tensor, "samples *shape"],
+    reward: Float[Tensor, " samples"],
+    noise: Noise,
+    *,
+    temperature: float,
+    kind: Regression = "stationary",
+    updates: int = 1000,
+    batch: int = 256,
+    learning_rate: float = 3e-3,
+) -> list[float]:
+    """Fit ``network(x_t, t, None)`` in place on noised samples at uniform times; returns the loss of each update.
+
+    Args:
+        network: a :class:`ValueNetwork` or any module of that signature.
+        process: corrupts the samples.
+        x_0: samples of the base model.
+        reward: their rewards.
+        noise: of the choice of rows, the times and the corruption.
+        temperature: β of the soft value.
+        kind: see :func:`regression_loss`.
+        updates: optimiser steps (Adam, cosine decay of the learning rate).
+        batch: rows per update.
+        learning_rate: at the start.
+    """
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    ceiling = float(reward.max())
+    losses: list[float] = []
+    for update in range(updates):
+        rows, t, x_t = _noised(process, x_0, noise, batch, update)
+        value = network(x_t, t, None)
+        loss = regression_loss(value, reward[rows], temperature, kind, ceiling).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def _noised(
+    process: Process, x_0: Shaped[Tensor, "samples *shape"], noise: Noise, batch: int, update: int
+) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"], Shaped[Tensor, "batch *shape"]]:
+    """(rows, t, x_t) of one update, t uniform on (0, 1)."""
+    index = torch.arange(batch, device=x_0.device)
+    pick, t = noise.uniform(index, (2,), purpose="value rows", step=update).unbind(-1)
+    rows = (pick * len(x_0)).long()
+    law = noise.normal if process.noise_law == "normal" else noise.uniform
+    eps = law(index, tuple(x_0.shape[1:]), purpose="value corruption", step=update)
+    return rows, t, process.corrupt(x_0[rows], t, eps)
