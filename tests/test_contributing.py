@@ -43,11 +43,11 @@ def test_the_method_learns_with_the_reward(tmp_path: Path) -> None:
         "testbed": TESTBED,
         "reward": {"name": "example_reward:Shell", "radius": 1.0},
         "method": {"name": "example_method:WeightedRegression", "groups": 4, "group_size": 16, "sharpness": 2.0},
-        "training": {"iterations": 15, "evaluate_every": 0, "evaluation_samples": 64, "optimizer": {"lr": 1e-2}},
+        "training": {"iterations": 10, "evaluate_every": 0, "evaluation_samples": 64, "optimizer": {"lr": 1e-2}},
     }
     result = difftilt.train(recipe, tmp_path / "run")
     # noise is common to both evaluations, so the gain is far above its standard error
-    assert result.after["reward"] > result.before["reward"] + 0.1
+    assert result.after["reward"] > result.before["reward"] + 0.05
 
 
 def test_the_steerer_weighs() -> None:

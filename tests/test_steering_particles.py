@@ -257,6 +257,13 @@ def test_a_deterministic_kernel_is_refused_where_copies_must_part() -> None:
     assert steer(BestOfN(BestOfNConfig(particles=4)), task, [""]).x_0.shape == (4, 2)
 
 
+def test_weighting_points() -> None:
+    assert fk(resample_at=None).times(100) == {20, 40, 60, 80}
+    assert fk(resample_at=None).times(1) == frozenset()
+    assert fk(resample_at=4).times(12) == {4, 8}
+    assert fk(resample_at=(0, 3, 12)).times(12) == {0, 3}
+
+
 def test_what_a_user_can_get_wrong() -> None:
     task = ring_truth().task
     with pytest.raises(UserError, match=r"\[17\].*0 to 16"):

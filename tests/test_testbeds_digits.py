@@ -48,12 +48,13 @@ def test_splits_hold_different_images_of_the_data_set() -> None:
 
 
 def test_decode_covers_the_unit_interval_and_keeps_gradients() -> None:
-    latents = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]).expand(1, 1, 5, 5).requires_grad_()
+    row = torch.tensor([-3.0, -1.5, -1.0, -0.5, 0.5, 1.0, 1.5, 3.0])
+    latents = row.expand(1, 1, 8, 8).clone().requires_grad_()
     media = decode(latents)
-    assert media[0, 0, 0].tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert media[0, 0, 0].tolist() == [0.0, 0.0, 0.0, 0.25, 0.75, 1.0, 1.0, 1.0]
     media.sum().backward()
     assert latents.grad is not None
-    assert latents.grad[0, 0, 0].tolist() == [0.0, 0.5, 0.5, 0.5, 0.0]
+    assert latents.grad[0, 0, 0].tolist() == [0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("reward", ["digit", "ink", "symmetry"])

@@ -119,7 +119,7 @@ def test_a_fitted_value_is_nearer_to_the_soft_value_than_the_posterior_mean() ->
     index = torch.arange(8192)
     x_0 = mixture.sample(Noise(1).normal(index, (3,), purpose="data"))
     network = ValueNetwork((2,), seed=0)
-    fit_value(network, process, x_0, x_0[:, 0], Noise(2), temperature=temperature, updates=3000)
+    fit_value(network, process, x_0, x_0[:, 0], Noise(2), temperature=temperature, updates=1200)
     t = Noise(3).uniform(torch.arange(512), (), purpose="time") * 0.8 + 0.1
     x_t = process.corrupt(x_0[:512], t, Noise(3).normal(torch.arange(512), (2,), purpose="noise"))
     exact = mixture.soft_value_linear(process, x_t, t, torch.tensor([1.0, 0.0]), temperature)

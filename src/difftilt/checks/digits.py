@@ -104,6 +104,12 @@ def _fooling_distance() -> float:
     return _BED.distance_to_data(_fooling_images()) / _BED.distance_to_data(_base_images())
 
 
+def _nearness_gap() -> float:
+    """Loss of nearness from the base to the tuned pixels, in standard deviations of the base's own."""
+    base, tuned = (_score("nearness", images, _prompts()) for images in (_base_images(), _fooling_images()))
+    return float((base.mean() - tuned.mean()) / base.std())
+
+
 def _megabytes() -> float:
     return sum(file.stat().st_size for file in CHECKPOINT.iterdir()) / 1e6
 
@@ -121,5 +127,6 @@ PROOFS = (
     Proof("the splits of the data are disjoint (rows too many)", _shared_images, at_least=0, at_most=0),
     Proof("pixels tuned to the reward alone reach a reward that no real digit needs", _fooling_reward, at_least=0.99),
     Proof("and the Fréchet distance tells them from the base, many times over", _fooling_distance, at_least=5),
+    Proof("so does nearness, in standard deviations of the base", _nearness_gap, at_least=3),
     Proof("the checkpoint is small, in megabytes", _megabytes, at_most=1.5),
 )

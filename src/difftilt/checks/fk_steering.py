@@ -220,7 +220,7 @@ PROOFS = (
         at_most=0.7,
     ),
     Proof(
-        "ablation: without the carried weights more particles do not help (slope of log error on log K)",
+        "ablation: without the carried weights more particles hardly help (slope of log error on log K)",
         lambda: _ring_slope("reference"),
         at_least=-0.25,
     ),

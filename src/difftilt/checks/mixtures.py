@@ -37,7 +37,7 @@ def _sigmas(terms: Float[Tensor, "rows columns"], expected: Float[Tensor, " colu
 
 
 def _residuals(bed: Mixtures, t: float, label: int) -> Iterator[Tensor]:
-    """(x_0 - E[x_0 | x_t]) times functions of x_t: each has mean 0 if and only if the denoiser is the posterior mean."""
+    """(x_0 - E[x_0 | x_t]) times functions of x_t: all have mean 0 only if the denoiser is the posterior mean."""
     x_0 = _draws(bed.base(label))
     at = torch.full((_ROWS,), t)
     x_t = bed.process.corrupt(x_0, at, _NOISE.normal(_INDEX, (x_0.shape[1],), purpose="corrupt"))
@@ -134,7 +134,7 @@ def _rejection_sigmas() -> float:
 
 
 def _on_mode_share() -> float:
-    """Share of samples of the exact chain, one step of 3, that lie on a mode."""
+    """Share of samples of the exact chain, in three steps, that lie on a mode."""
     bed = Mixtures(Config(kernel="exact", steps=3))
     task = bed.task()
     with torch.no_grad():

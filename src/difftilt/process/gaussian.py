@@ -5,7 +5,7 @@ their derivatives with respect to t. Coefficients are computed in the dtype of t
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -160,9 +160,11 @@ class VariancePreserving(GaussianProcess):
 
     Attributes:
         alphas_cumprod: (N,) decreasing values in (0, 1).
+        knots: (N + 1,) log abar at t = 0, 1/N, ..., 1, made from it.
     """
 
     alphas_cumprod: Tensor
+    knots: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         table = self.alphas_cumprod.double().cpu()
@@ -170,6 +172,7 @@ class VariancePreserving(GaussianProcess):
         if table.dim() != 1 or not falling or bool((table <= 0).any()) or bool((table >= 1).any()):
             raise ValueError("alphas_cumprod must be a non-increasing vector of values in (0, 1)")
         object.__setattr__(self, "alphas_cumprod", table)
+        object.__setattr__(self, "knots", torch.cat([torch.zeros(1, dtype=torch.float64), table.log()]))
 
     @property
     def steps(self) -> int:
@@ -186,7 +189,7 @@ class VariancePreserving(GaussianProcess):
 
     def log_abar(self, t: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
         """Log abar and its derivative with respect to t, each (batch,)."""
-        knots = torch.cat([torch.zeros(1, dtype=torch.float64), self.alphas_cumprod.log()]).to(t)
+        knots = self.knots.to(t)
         place = t * self.steps
         # a time on the table belongs to the interval below, which a falling step crosses; the slack is float32 rounding
         left = (place - self.steps * 2.0**-23).floor().clamp(0, self.steps - 1).long()

@@ -1,6 +1,6 @@
 """From a typed recipe to objects: the task with its reward, the method or steerer, and whether they fit together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal, cast
 
@@ -10,8 +10,8 @@ from difftilt.leaves import find, nearest
 from difftilt.process.gaussian import GaussianProcess
 from difftilt.process.masked import MaskedProcess
 from difftilt.recipes.parts import Part
-from difftilt.recipes.schema import Recipe
-from difftilt.rewards import as_reward
+from difftilt.recipes.schema import Recipe, RewardWeights
+from difftilt.rewards import Reward, WeightedSum, as_reward
 from difftilt.training.protocol import Task
 
 NEEDS: dict[str, tuple[Callable[[Task], bool], str]] = {
@@ -54,11 +54,23 @@ def build_task(recipe: Recipe) -> Task:
     testbed = recipe.testbed.build()
     task = testbed if isinstance(testbed, Task) else cast(Task, testbed.task())
     if recipe.reward is not None:
-        task = replace(task, reward=as_reward(recipe.reward.build()))
+        task = replace(task, reward=as_reward(recipe.reward.build(task)))
+    if recipe.weights is not None:
+        task = replace(task, reward=_weighted(testbed, recipe.weights))
     algorithm = recipe.method or recipe.steerer
     if algorithm is not None and ":" not in algorithm.name:
         check_needs(find(algorithm.kind, algorithm.name).card, task)
     return task
+
+
+def _weighted(testbed: object, chosen: RewardWeights) -> WeightedSum:
+    offer: Callable[[], Mapping[str, Reward]] | None = getattr(testbed, "rewards", None)
+    offered = {} if offer is None else offer()
+    for name in chosen.weights:
+        if name not in offered:
+            raise UserError(f"reward.weights.{name}: the testbed offers no such reward; {nearest(name, offered)}")
+    rewards = {name: offered[name] for name in chosen.weights}
+    return WeightedSum(rewards, chosen.weights, chosen.normalise)
 
 
 def check_needs(card: Card, task: Task) -> None:

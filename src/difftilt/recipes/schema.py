@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from omegaconf import OmegaConf
 from pydantic import Field
@@ -28,6 +28,15 @@ class SteeringConfig(Config):
     """Torch device of the network."""
 
 
+class RewardWeights(Config):
+    """A weighted sum of rewards that the testbed offers by name, in place of its own reward."""
+
+    weights: dict[str, float] = Field(min_length=1)
+    """Name -> weight; every component is logged as it comes, before its weight."""
+    normalise: Literal["group", "batch"] | None = None
+    """Standardise each component by its group or by the batch before it is weighted."""
+
+
 SECTIONS = ("testbed", "reward", "method", "steerer", "training", "steering")
 
 
@@ -41,6 +50,7 @@ class Recipe:
         method: what ``difftilt train`` runs.
         steerer: what ``difftilt steer`` runs.
         reward: replaces the testbed's own reward.
+        weights: replaces it by a sum of rewards of the testbed.
         training: of the loop.
         steering: of the call.
     """
@@ -50,6 +60,7 @@ class Recipe:
     method: Part | None
     steerer: Part | None
     reward: Part | None
+    weights: RewardWeights | None
     training: TrainingConfig
     steering: SteeringConfig
 
@@ -57,6 +68,8 @@ class Recipe:
         """Plain values with every default filled in; :func:`load_recipe` takes them back to an equal recipe."""
         parts = {"testbed": self.testbed, "reward": self.reward, "method": self.method, "steerer": self.steerer}
         values: dict[str, Any] = {name: part.resolved() for name, part in parts.items() if part is not None}
+        if self.weights is not None:
+            values["reward"] = dump(self.weights)
         if self.method is not None:
             return values | {"training": dump(self.training)}
         return values | {"steering": dump(self.steering)}
@@ -98,11 +111,14 @@ def type_recipe(values: Mapping[str, Any], source: str) -> Recipe:
             problems.add(f"{key}: unknown section; {nearest(str(key), SECTIONS)}")
     if ("method" in values) == ("steerer" in values):
         problems.add("a recipe has either a section 'method' (to train) or a section 'steerer' (to steer)")
+    summed = isinstance(values.get("reward"), Mapping) and "name" not in values["reward"]
+    wanted = ({"testbed"} | set(values)) - ({"reward"} if summed else set())
     parts = {
         section: read_part(kind, section, values.get(section), problems)
         for section, kind in _PART_KINDS.items()
-        if section in values or section == "testbed"
+        if section in wanted
     }
+    weights = problems.parse(RewardWeights, values["reward"], "reward") if summed else None
     training = _settings(TrainingConfig, values, "training", "method", problems)
     steering = _settings(SteeringConfig, values, "steering", "steerer", problems)
     problems.check(source)
@@ -112,6 +128,7 @@ def type_recipe(values: Mapping[str, Any], source: str) -> Recipe:
         parts.get("method"),
         parts.get("steerer"),
         parts.get("reward"),
+        weights,
         cast(TrainingConfig, training),
         cast(SteeringConfig, steering),
     )

@@ -72,3 +72,14 @@ def random_steps(
     count = max(1, math.floor(fraction * steps))
     order: Float[Tensor, "samples steps"] = noise.uniform(index, (steps,), purpose="trained steps")
     return order.argsort(1).argsort(1) < count
+
+
+def compressed(grid: Float[Tensor, " times"], steps: int) -> Float[Tensor, " fewer"]:
+    """``steps + 1`` of the times of a grid, its first and last among them, evenly by position.
+
+    Raises:
+        ValueError: if the grid has fewer steps than that.
+    """
+    if steps > len(grid) - 1:
+        raise ValueError(f"a grid of {len(grid) - 1} steps cannot be compressed to {steps}")
+    return grid[torch.linspace(0, len(grid) - 1, steps + 1).round().long()]

@@ -30,8 +30,7 @@ def wasserstein_1d(
     levels = torch.cat([x_level, y_level]).sort().values
     width = levels.diff(prepend=levels.new_zeros(1))
     # a level belongs to the first sample whose cumulative weight reaches it
-    at = levels - width / 2
-    gap = _read(x, x_level, at) - _read(y, y_level, at)
+    gap = _read(x, x_level, levels) - _read(y, y_level, levels)
     return (width * gap.abs() ** order).sum() ** (1 / order)
 
 

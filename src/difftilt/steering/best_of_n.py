@@ -65,5 +65,5 @@ class BestOfN:
         rewards = scorer.score(samples)
         weight = torch.zeros_like(particles.log_weight)
         weight[best_rows(chain, rewards)] = 1.0
-        log_z = torch.full((len(prompts),), torch.nan, dtype=torch.float64)
+        log_z = particles.log_weight.new_full((len(prompts),), torch.nan)
         return finish(chain, Outcome(particles, rewards, weight, log_z, ()), samples.media)

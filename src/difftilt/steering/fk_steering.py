@@ -60,8 +60,8 @@ class FKSteeringConfig(Config):
     """How intermediate rewards become weights; ``max`` needs r_min below the range of the reward."""
     r_min: float = 0.0
     """Reward that the first weighting of ``difference`` and ``max`` compares with."""
-    resample_at: int | tuple[int, ...] = 20
-    """Grid points at which particles are weighted, 0 at the noise end; n alone is every n-th. The end always is one."""
+    resample_at: int | tuple[int, ...] | None = None
+    """Grid points that weigh, 0 at the noise end, besides the end; n is every n-th, null every fifth of the grid."""
     resample: Literal["always", "ess"] = "ess"
     """Resample at each of these points, or where the effective sample size is low; weights are carried on elsewhere."""
     ess_threshold: float = Field(default=0.5, ge=0, le=1)
@@ -135,6 +135,9 @@ class FKSteering:
             UserError: if a point is not on the grid.
         """
         chosen = self.config.resample_at
+        if chosen is None:
+            # 20, 40, 60 and 80 of the 100 image steps of the paper
+            return frozenset(round(steps * fifth / 5) for fifth in range(1, 5)) - {0, steps}
         if isinstance(chosen, int):
             if chosen < 1:
                 raise UserError(f"resample_at must be at least 1 (every n-th grid point), got {chosen}")
@@ -206,7 +209,9 @@ class FKSteering:
         particles = smc.particles
         if self.config.output == "resampled":
             every = torch.ones(len(log_z), dtype=torch.bool, device=log_z.device)
-            tagged = replace(particles, memory={**particles.memory, "row": torch.arange(len(rewards))})
+            tagged = replace(
+                particles, memory={**particles.memory, "row": torch.arange(len(rewards), device=rewards.device)}
+            )
             particles = self._select(chain, replace(smc, particles=tagged), every, chain.steps).particles
             rewards, media = rewards[particles.memory["row"]], media[particles.memory["row"]]
             weight = torch.full_like(weight, 1 / chain.size)
@@ -227,9 +232,9 @@ class _SMC:
 
 
 def _begin(particles: Particles, config: FKSteeringConfig, prompts: int) -> _SMC:
-    lineage = begin(config.potential, len(particles.group), config.r_min)
+    lineage = begin(config.potential, len(particles.group), config.r_min, particles.log_weight.device)
     memory = {**particles.memory, "record": lineage.record, "total": lineage.total}
-    return _SMC(replace(particles, memory=memory), torch.zeros(prompts, dtype=torch.float64))
+    return _SMC(replace(particles, memory=memory), particles.log_weight.new_zeros(prompts))
 
 
 def _weighing(chain: Chain, particles: Particles, ess: Float[Tensor, " prompts"]) -> Weighing:

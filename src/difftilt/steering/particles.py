@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from difftilt.errors import GuardError, UserError
 from difftilt.models.ledger import Ledger
-from difftilt.models.protocol import Denoiser
+from difftilt.models.protocol import Denoiser, Network
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import Guide, Moment, NoiseSource, Step
@@ -22,7 +22,7 @@ from difftilt.sampling.rollout import start_state, step_noise
 from difftilt.steering.protocol import Particles, Steered
 from difftilt.steering.resampling import Ancestors
 from difftilt.training.protocol import Task
-from difftilt.trees import take, tree_map
+from difftilt.trees import take, to_device, tree_map
 from difftilt.values.estimates import LatentReward
 from difftilt.values.protocol import Rows
 
@@ -98,15 +98,24 @@ def start(
         index: global index of each prompt, 0, 1, ... by default; particle j of prompt i has the noise index i·size + j,
             so a batch of prompts gives what its prompts give one by one.
     """
-    index = torch.arange(len(prompts)) if index is None else index
-    slots = (index[:, None] * size + torch.arange(size)).flatten()
-    group = torch.arange(len(prompts)).repeat_interleave(size)
+    device = _device(task.model.network)
+    every = torch.arange(len(prompts), device=device)
+    place = torch.arange(size, device=device)
+    index = every if index is None else index.to(device)
+    slots = (index[:, None] * size + place).flatten()
+    group = every.repeat_interleave(size)
     x = start_state(task.model.process, noise, slots, task.model.shape)
-    log_weight = torch.zeros(len(slots), dtype=torch.float64)
-    condition = take(task.model.encode(prompts), group)
-    particles = Particles(x, group, condition, log_weight, memory={"origin": torch.arange(size).repeat(len(prompts))})
+    log_weight = torch.zeros(len(slots), dtype=torch.float64, device=device)
+    condition = take(to_device(task.model.encode(prompts), device), group)
+    particles = Particles(x, group, condition, log_weight, memory={"origin": place.repeat(len(prompts))})
     preset = Preset("steering", task.sampler.kernel)
     return Chain(denoise, preset, task.sampler.grid, noise, slots, group, size, denoise.ledger.copy()), particles
+
+
+def _device(network: Network) -> torch.device:
+    """Where the network's weights lie; the CPU for one without weights."""
+    weights = list(network.parameters()) if isinstance(network, nn.Module) else []
+    return weights[0].device if weights else torch.device("cpu")
 
 
 def bind(reward: Reward, task: Task, prompts: Sequence[str], denoise: Denoiser) -> LatentReward:
@@ -252,8 +261,10 @@ def finish(chain: Chain, outcome: Outcome, media: Tensor) -> Steered:
     """The record of a steering call."""
     prompts = len(outcome.log_z)
     weighings = outcome.weighings
-    ess = torch.stack([w.ess for w in weighings]) if weighings else torch.zeros(0, prompts, dtype=torch.float64)
-    ancestors = torch.stack([w.ancestors for w in weighings]) if weighings else torch.zeros(0, prompts).long()
+    ess = torch.stack([w.ess for w in weighings]) if weighings else outcome.log_z.new_zeros(0, prompts)
+    ancestors = (
+        torch.stack([w.ancestors for w in weighings]) if weighings else torch.zeros(0, prompts, dtype=torch.int64)
+    )
     return Steered(
         outcome.particles.x,
         media,

@@ -4,6 +4,7 @@ Log-weights, ancestors and noise have the shape (groups, size); ancestors are po
 All but ``greedy`` are unbiased: the expected number of copies of particle i is size·W_i with W = softmax(log-weights).
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -26,7 +27,7 @@ def effective_sample_size(log_weight: LogWeights) -> Float[Tensor, " groups"]:
 
 def log_mean_exp(log_weight: Float[Tensor, "*groups size"]) -> Float[Tensor, "*groups"]:
     """Log of the mean of exp over the last axis."""
-    return log_weight.logsumexp(-1) - torch.log(torch.tensor(float(log_weight.shape[-1]), dtype=log_weight.dtype))
+    return log_weight.logsumexp(-1) - math.log(log_weight.shape[-1])
 
 
 def _invert(mass: Float[Tensor, "groups size"], level: Float[Tensor, "groups size"]) -> Ancestors:

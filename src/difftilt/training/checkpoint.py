@@ -1,18 +1,20 @@
 """Checkpoints that a kill at any moment cannot damage, and that nothing but safetensors and JSON can be read from.
 
-A checkpoint is written into a temporary directory, flushed to the disk, given a manifest of SHA-256 hashes and renamed;
+A checkpoint is written into a temporary directory, given a manifest of SHA-256 hashes, flushed to the disk and renamed;
 ``latest`` is a symbolic link that is replaced in one step. On reading, every file must match its hash.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,15 +56,24 @@ def save_checkpoint(
         _flush(path)
     _flush(temporary)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     temporary.rename(final)
     link = directory / f".latest_{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
     link.replace(directory / "latest")
     _flush(directory)
-    _tidy(directory, keep)
+    _tidy(directory, keep, final)
     return final
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of the most iterations, or None; ``latest`` may be one behind after a kill, or point nowhere.
+
+    Args:
+        directory: of all checkpoints of the run.
+    """
+    return max(_checkpoints(directory), default=(0, None))[1]
 
 
 def load_checkpoint(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -72,21 +83,32 @@ def load_checkpoint(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict
         directory: of one checkpoint, e.g. ``run/checkpoints/latest``.
 
     Raises:
-        UserError: if a file is missing or changed; an earlier checkpoint may still be whole.
+        UserError: if a file is missing, changed, or neither safetensors nor JSON; an earlier checkpoint may be whole.
     """
     remedy = f"remove {directory.resolve()} and resume from an earlier checkpoint, or start again in a new directory"
-    try:
-        hashes: dict[str, str] = json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {directory} has no readable manifest ({error}): {remedy}") from error
-    for name, digest in hashes.items():
+    hashes = _read_json(directory / MANIFEST, remedy)
+    for name in sorted({STATE, *hashes}):
         path = directory / name
-        if not path.is_file():
+        if Path(name).name != name or name not in hashes or not path.is_file():
             raise UserError(f"checkpoint {directory} lacks {name}: {remedy}")
-        if _digest(path) != digest:
+        if _digest(path) != hashes[name]:
             raise UserError(f"checkpoint file {path} is damaged (its hash differs from the manifest): {remedy}")
-    tensors = {Path(name).stem: load_file(directory / name) for name in hashes if name.endswith(".safetensors")}
-    return tensors, json.loads((directory / STATE).read_text())
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name in hashes:
+        if name.endswith(".safetensors"):
+            try:
+                tensors[Path(name).stem] = load_file(directory / name)
+            except SafetensorError as error:
+                raise UserError(f"{directory / name} is no safetensors file ({error}): {remedy}") from error
+    return tensors, _read_json(directory / STATE, remedy)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit: a NaN equals itself, and 0 is not -0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    flat = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*flat)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -106,6 +128,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object of a checkpoint."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {remedy}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no JSON object: {remedy}")
+    return cast(dict[str, Any], values)
+
+
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -119,10 +152,26 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _tidy(directory: Path, keep: int) -> None:
+def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """(iterations, path) of every checkpoint; other names are left alone."""
+    found = ((re.fullmatch(r"step_(\d+)", path.name), path) for path in directory.glob("step_*"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def _tidy(directory: Path, keep: int, written: Path) -> None:
     """Remove all but the newest checkpoints, and what a killed process left half-written."""
-    steps = sorted((int(path.name[5:]), path) for path in directory.glob("step_*"))
-    for _, path in steps[:-keep]:
-        shutil.rmtree(path)
+    for _, path in _checkpoints(directory)[:-keep]:
+        if path != written:
+            _remove(path)
     for path in directory.glob(".writing_*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob(".latest_*"):
+        path.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint under another name, so that a kill leaves no half of it under its own."""
+    doomed = path.with_name(f".writing_{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)

@@ -107,10 +107,15 @@ def _follow(place: Int[Tensor, " old"], pointer: Int[Tensor, " rows"]) -> Int[Te
 
 
 def _partner_rows(edges: Edges, partner: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """For each row the row that holds its partner sample at the same step, or -1."""
-    same = (edges.sample[None, :] == partner[:, None]) & (edges.step[None, :] == edges.step[:, None])
-    found = same.any(1) & (partner >= 0)
-    return torch.where(found, same.long().argmax(1), -1)
+    """For each row the first row that holds its partner sample at the same step, or -1."""
+    if len(partner) == 0:
+        return partner
+    steps = int(edges.step.max()) + 1
+    held, wanted = edges.sample * steps + edges.step, partner * steps + edges.step
+    order = held.argsort(stable=True)
+    place = torch.searchsorted(held[order], wanted).clamp(max=len(held) - 1)
+    row = order[place]
+    return torch.where((partner >= 0) & (held[row] == wanted), row, -1)
 
 
 def join_experience(parts: Sequence[Experience]) -> Experience:

@@ -19,25 +19,45 @@ def append_row(path: Path, row: Mapping[str, float | int]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """All whole lines; a last line that a kill cut short is left out. Nulls are dropped."""
+    """All whole lines; a last line that a kill cut short is left out. Nulls are dropped.
+
+    Raises:
+        UserError: names the line that is not an object with an iteration.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
     rows: list[dict[str, float]] = []
-    for number, line in enumerate(lines[:-1]):
+    for number, line in enumerate(path.read_text().split("\n")[:-1]):
         try:
             row: dict[str, float | None] = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number + 1} is not JSON: remove the line or the run directory") from error
-        rows.append({name: value for name, value in row.items() if value is not None})
+            rows.append({name: value for name, value in row.items() if value is not None})
+            rows[-1]["iteration"]
+        except (ValueError, AttributeError, KeyError) as error:
+            raise UserError(
+                f"{path}, line {number + 1} is no row of metrics: remove the line or the run directory"
+            ) from error
     return rows
 
 
 def truncate_rows(path: Path, iterations: int) -> None:
-    """Keep the rows of the first ``iterations`` iterations, in one step."""
+    """Keep the rows of the first ``iterations`` iterations, in one step.
+
+    Raises:
+        UserError: if the rows are not those of iterations 0, 1, 2 ...: the file was changed.
+    """
+    rows = read_rows(path)
+    kept = [place for place, row in enumerate(rows) if row["iteration"] < iterations]
+    if [rows[place]["iteration"] for place in kept] != list(range(iterations)):
+        raise UserError(
+            f"{path} does not hold one row for each of the {iterations} iterations of the checkpoint: restore the "
+            "file, or start again in a new directory"
+        )
     if not path.exists():
         return
-    kept = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["iteration"] < iterations]
+    lines = path.read_text().split("\n")
     temporary = path.with_suffix(".cut")
-    temporary.write_text("".join(line + "\n" for line in kept))
+    with temporary.open("w") as file:
+        file.write("".join(lines[place] + "\n" for place in kept))
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from difftilt.errors import GuardError, UserError
-from difftilt.models.protocol import Frozen, RoleSpec, Trained
+from difftilt.errors import UserError
+from difftilt.models.protocol import Roles, RoleSpec, Trained
 from difftilt.models.roles import CopiedRoles
 from difftilt.sampling.noise import Noise
-from difftilt.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
-from difftilt.training.config import TrainingConfig
+from difftilt.training.checkpoint import newest_checkpoint, save_checkpoint
+from difftilt.training.config import OptimizerConfig, TrainingConfig
 from difftilt.training.experience import Experience
 from difftilt.training.logs import append_row, read_rows, truncate_rows
 from difftilt.training.measure import Measured, diversity_of, measure, quick_drift
@@ -23,6 +23,7 @@ from difftilt.training.monitors import Verdict, judge
 from difftilt.training.pictures import save_picture
 from difftilt.training.protocol import Method, Task
 from difftilt.training.run import LoopRun
+from difftilt.training.state import check_saved, put_back, state_of
 from difftilt.training.update import Updater
 from difftilt.training.world import World, join_world
 
@@ -52,7 +53,7 @@ class TrainResult:
 
 
 @dataclass
-class _Loop:
+class Loop:
     """The parts of one run."""
 
     method: Method
@@ -62,6 +63,7 @@ class _Loop:
     updater: Updater
     hooks: Sequence[Hook]
     start: int = 0
+    compared: bool = False
     rows: list[Row] = field(default_factory=list[Row])
     verdicts: list[Verdict] = field(default_factory=list[Verdict])
 
@@ -83,8 +85,10 @@ class _Loop:
         learned: Row = {}
         for place, phase in enumerate(self.method.phases(run)):
             if phase.when(iteration):
-                learned |= self.updater.run_phase(phase, experience, run.noise.named(f"phase{place}"))
+                means = self.updater.run_phase(phase, experience, run.noise.named(f"phase{place}"))
+                learned |= _named_by_role(means, phase.role)
         self.updater.follow()
+        run.observe(experience.components)
         ended = time.perf_counter()
         row: Row = {"iteration": iteration, **_reward_row(run, experience), **learned}
         row |= _drift_row(run, self.method.evaluated_role, experience)
@@ -119,40 +123,36 @@ class _Loop:
         return measured
 
     def save(self, step: int) -> None:
-        """Checkpoint after ``step`` iterations; the first one is read back and compared."""
+        """Checkpoint after ``step`` iterations; the first and the last that a process writes are read back."""
         if self.writes is None:
             return
-        tensors = {"weights": self.run.roles.state_dict(), "method": dict(self.method.state_dict())}
-        for role, optimizer in self.updater.optimizers.items():
-            tensors[f"optimizer_{role}"] = optimizer_tensors(optimizer)
-        tensors["random"] = {"torch": torch.get_rng_state()}
-        state = {"iteration": step, "steps": self.updater.steps, "ledger": asdict(self.run.ledger)}
-        path = save_checkpoint(self.writes / "checkpoints", step, tensors, state, self.config.keep_checkpoints)
-        if step == self.start + self.config.checkpoint_every or step == self.config.iterations:
-            _compare(path, tensors)
+        parts, state = state_of(self.method, self.updater, step)
+        path = save_checkpoint(self.writes / "checkpoints", step, parts, state, self.config.keep_checkpoints)
+        if not self.compared or step == self.config.iterations:
+            check_saved(path, parts)
+            self.compared = True
 
     def restore(self) -> None:
         """Continue from the newest checkpoint; the logs are cut back to it."""
-        assert self.directory is not None
-        latest = self.directory / "checkpoints" / "latest"
-        if not latest.exists():
+        if self.directory is None:
+            raise UserError("a run without a directory cannot be resumed: name the one it was begun in")
+        latest = newest_checkpoint(self.directory / "checkpoints")
+        if latest is None:
             raise UserError(
                 f"{self.directory} has no checkpoint to resume from: remove it and start again without --resume"
             )
-        tensors, state = load_checkpoint(latest)
-        self.run.roles.load_state_dict(tensors["weights"])
-        self.method.load_state_dict(tensors["method"])
-        for role, optimizer in self.updater.optimizers.items():
-            load_optimizer(optimizer, tensors[f"optimizer_{role}"])
-        torch.set_rng_state(tensors["random"]["torch"])
-        self.updater.steps.update(state["steps"])
-        for name, value in state["ledger"].items():
-            setattr(self.run.ledger, name, value)
-        self.start = int(state["iteration"])
+        self.start = put_back(latest, self.method, self.updater)
+        if self.start > self.config.iterations:
+            raise UserError(
+                f"{self.directory} has {self.start} iterations already, training.iterations is "
+                f"{self.config.iterations}: ask for at least {self.start}"
+            )
         if self.writes is not None:
             truncate_rows(self.writes / "metrics.jsonl", self.start)
         self.run.world.barrier()
         self.rows = read_rows(self.directory / "metrics.jsonl")
+        for count in range(1, len(self.rows) + 1):
+            self.verdicts += judge(self.rows[:count], self.config.monitors)
 
 
 def train_task(
@@ -183,7 +183,10 @@ def train_task(
         RewardError: for a reward that fails; the last checkpoint stays.
         GuardError: if something that theory promises does not hold.
     """
-    loop = _assemble(task, method, config, directory, laws, hooks, world or join_world())
+    world = world or join_world()
+    if directory is not None and not resume and world.main and (directory / "metrics.jsonl").exists():
+        raise UserError(f"{directory} holds a run already: resume it, or name another directory")
+    loop = assemble(task, method, config, directory, laws, hooks, world)
     if resume:
         loop.restore()
     before = _before(loop, resume)
@@ -200,7 +203,7 @@ def train_task(
     return TrainResult(directory, loop.rows, before, after, loop.verdicts, loop.run)
 
 
-def _assemble(
+def assemble(
     task: Task,
     method: Method,
     config: TrainingConfig,
@@ -208,36 +211,50 @@ def _assemble(
     laws: Sequence[str],
     hooks: Sequence[Hook],
     world: World,
-) -> _Loop:
+) -> Loop:
+    """A loop ready to iterate: adapted model, roles, optimisers. Arguments as in :func:`train_task`."""
     model = method.adapt(task.model)
     if not isinstance(model.network, nn.Module):
         raise UserError(f"task {task.name} has no weights to train: its network is not an nn.Module")
     device = torch.device(config.device)
     specs: dict[str, RoleSpec] = dict(method.roles())
-    roles = CopiedRoles(model.network.to(device), specs)
+    # rollout and ratios see one function: dropout is off, and so is everything else that training mode turns on
+    roles = CopiedRoles(model.network.to(device).eval(), specs)
     run = LoopRun(replace(task, model=model), roles, world, Noise(config.seed), config.forward_batch, device)
     trained: dict[str, Mapping[str, Any]] = {"current": {}}
     trained |= {name: spec.optimizer for name, spec in specs.items() if isinstance(spec, Trained)}
     defaults = config.optimizer.model_dump()
-    settings = {role: {**defaults, **changes} for role, changes in trained.items()}
-    optimizers = {
-        role: torch.optim.AdamW(
-            list(roles.parameters(role)), lr=chosen["lr"], betas=chosen["betas"], weight_decay=chosen["weight_decay"]
-        )
-        for role, chosen in settings.items()
-    }
-    clips = {role: chosen["max_grad_norm"] for role, chosen in settings.items()}
+    settings = {role: OptimizerConfig(**{**defaults, **changes}) for role, changes in trained.items()}
+    optimizers = {role: _optimizer(roles, role, chosen) for role, chosen in settings.items()}
+    clips = {role: chosen.max_grad_norm for role, chosen in settings.items()}
     updater = Updater(run, optimizers, clips, specs, laws, dict.fromkeys(trained, 0))
     if directory is not None and world.main:
         directory.mkdir(parents=True, exist_ok=True)
-    return _Loop(method, config, directory, run, updater, hooks)
+    return Loop(method, config, directory, run, updater, hooks)
 
 
-def _before(loop: _Loop, resume: bool) -> dict[str, float]:
+def _optimizer(roles: Roles, role: str, config: OptimizerConfig) -> torch.optim.Optimizer:
+    parameters = list(roles.parameters(role))
+    if not parameters:
+        raise UserError(f"role {role!r} has no parameter with a gradient: there is nothing to train")
+    return torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def _named_by_role(means: Row, role: str | tuple[str, ...]) -> Row:
+    """Numbers of ``current`` under their plain names, those of other roles with the role behind."""
+    if "current" in ((role,) if isinstance(role, str) else role):
+        return means
+    return {f"{name}/{role if isinstance(role, str) else '+'.join(role)}": value for name, value in means.items()}
+
+
+def _before(loop: Loop, resume: bool) -> dict[str, float]:
     """The evaluation before training: measured once, kept in the run directory."""
     path = None if loop.directory is None else loop.directory / "before.json"
     if resume and path is not None and path.exists():
-        return json.loads(path.read_text())
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): start again in a new directory") from error
     if loop.start > 0:
         raise UserError(f"{path} is missing: the run directory was changed; start again in a new one")
     numbers = loop.evaluate(0).numbers
@@ -254,8 +271,10 @@ def _reward_row(run: LoopRun, experience: Experience) -> Row:
     row: Row = {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std(correction=0))}
     for name, values in experience.components.items():
         row[f"reward/{name}"] = float(run.gather(values)[0].double().mean())
-    spread = torch.stack([rewards[group == one].std(correction=0) for one in group.unique()])
-    row["zero_std_fraction"] = float((spread < 1e-8).double().mean())
+    groups = [rewards[group == one] for one in group.unique()]
+    spread = [float(members.std(correction=0)) for members in groups if len(members) > 1]
+    if spread:  # a single sample has no variance to lose
+        row["zero_std_fraction"] = sum(value < 1e-8 for value in spread) / len(spread)
     return row
 
 
@@ -264,15 +283,6 @@ def _drift_row(run: LoopRun, role: str, experience: Experience) -> Row:
     if experience.x_0 is None:
         return {}
     with torch.no_grad():
-        media = run.task.model.decode(experience.x_0)
+        media = run.task.model.decode(experience.x_0) if experience.media is None else experience.media
         drift = quick_drift(run, role, experience.x_0, experience.condition, experience.index)
     return {"kl_reference": drift, "diversity": diversity_of(run, media, experience.group)}
-
-
-def _compare(path: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Restored equals saved, bit for bit."""
-    restored, _ = load_checkpoint(path)
-    for stem, group in tensors.items():
-        for name, tensor in group.items():
-            if not torch.equal(restored[stem][name], tensor.detach().cpu()):
-                raise GuardError(f"checkpoint {path}: {stem}/{name} does not read back as it was written")

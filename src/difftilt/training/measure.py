@@ -1,6 +1,6 @@
 """Measuring a model on held-out prompts at fixed noise: reward, drift and diversity side by side."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from difftilt.sampling.rollout import sample, start_state
 from difftilt.statistics.diversity import mean_group_diversity
 from difftilt.training.experience import PromptBatch
 from difftilt.training.run import LoopRun
+from difftilt.training.world import World
 from difftilt.trees import take
 
 DRIFT_STEPS = 20
@@ -46,10 +47,12 @@ def measure(run: LoopRun, role: str, sampler: Sampler, count: int, seed: int) ->
         count: samples over all prompts and processes; every prompt gets at least two.
         seed: of prompts and noise.
     """
-    uncounted, run.ledger = run.ledger, Ledger()
+    groups = _heldout_groups(run, count)
+    # where a process would go without a group, every process measures all of them: sets stay whole, numbers equal
+    run = replace(run, ledger=Ledger(), world=run.world if groups >= run.world.size else World())
     noise = Noise(seed).named("evaluation")
     with torch.no_grad():
-        batch = _heldout_batch(run, count)
+        batch = _heldout_batch(run, groups, max(2, count // groups))
         denoise = run.denoiser(role, sampler.guidance)
         x_t = start_state(denoise.process, noise, batch.index, run.task.model.shape)
         x_0 = sample(denoise, sampler, x_t, batch.condition, noise=noise, index=batch.index)
@@ -58,19 +61,20 @@ def measure(run: LoopRun, role: str, sampler: Sampler, count: int, seed: int) ->
         drift = drift_of(run, role, x_0, batch, noise)
         numbers["kl_reference"] = float(run.world.gather(drift).mean())
         numbers["diversity"] = diversity_of(run, samples.media, batch.group)
-    run.ledger = uncounted
     return Measured(numbers, samples)
 
 
-def _heldout_batch(run: LoopRun, count: int) -> PromptBatch:
-    prompts = len(run.task.heldout_prompts)
-    groups = min(prompts, max(1, count // 2))
-    size = max(2, count // groups)
-    share = torch.arange(groups)[
-        run.world.rank * groups // run.world.size : (run.world.rank + 1) * groups // run.world.size
-    ]
+def _heldout_groups(run: LoopRun, count: int) -> int:
+    """One group for every held-out prompt, or as many as there are pairs of samples."""
+    return min(len(run.task.heldout_prompts), max(1, count // 2))
+
+
+def _heldout_batch(run: LoopRun, groups: int, size: int) -> PromptBatch:
+    """This process's share of whole groups, spread over the held-out prompts."""
+    prompts, rank, processes = len(run.task.heldout_prompts), run.world.rank, run.world.size
+    share = torch.arange(rank * groups // processes, (rank + 1) * groups // processes)
     group = share.repeat_interleave(size)
-    return run.batch(group * prompts // groups, group, first=int(share[0]) * size if len(share) else 0, heldout=True)
+    return run.batch(group * prompts // groups, group, first=int(share[0]) * size, heldout=True)
 
 
 def _rewards(run: LoopRun, samples: Samples) -> dict[str, float]:
@@ -91,18 +95,23 @@ def drift_of(run: LoopRun, role: str, x_0: Tensor, batch: PromptBatch, noise: No
 
 
 def quick_drift(run: LoopRun, role: str, x_0: Tensor, condition: Condition, index: Int[Tensor, " samples"]) -> float:
-    """The same number from one random step of the grid and at most one network batch of samples: unbiased and cheap."""
+    """The same number from one random step of the grid and at most one network batch of samples: unbiased and cheap.
+
+    The samples are the first of all processes together, so that their number does not change the result.
+    """
     if run.roles.same(role, "reference"):
         return 0.0
-    uncounted, run.ledger = run.ledger, Ledger()
+    run = replace(run, ledger=Ledger())
     noise = run.noise.named("drift")
     step = int(noise.permutation(DRIFT_STEPS, purpose="step")[0])
     grid = uniform_grid(DRIFT_STEPS)[step : step + 2]
-    rows = torch.arange(min(run.forward_batch, len(x_0)), device=x_0.device)
-    with torch.no_grad():
-        current, reference = run.denoiser(role, 1.0), run.denoiser("reference", 1.0)
-        kl = path_kl(current, reference, x_0[rows], take(condition, rows), grid, noise, index[rows])
-    run.ledger = uncounted
+    earlier = sum(run.world.lengths(len(x_0))[: run.world.rank])
+    rows = torch.arange(max(0, min(run.forward_batch - earlier, len(x_0))), device=x_0.device)
+    kl = torch.zeros(0, device=x_0.device)
+    if len(rows):
+        with torch.no_grad():
+            current, reference = run.denoiser(role, 1.0), run.denoiser("reference", 1.0)
+            kl = path_kl(current, reference, x_0[rows], take(condition, rows), grid, noise, index[rows]).float()
     return float(run.world.gather(kl).mean()) * DRIFT_STEPS
 
 

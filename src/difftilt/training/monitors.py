@@ -72,7 +72,7 @@ def _share_of_first(name: str) -> Callable[[Sequence[Row]], float | None]:
 
 def _heldout_gap(rows: Sequence[Row]) -> float | None:
     """1 - (gain on held-out prompts)/(gain on training prompts); only once training has gained something."""
-    seen = [row for row in rows if "heldout/reward" in row]
+    seen = [row for row in rows if {"heldout/reward", "reward_mean", "reward_std"} <= row.keys()]
     if len(seen) < 2:
         return None
     gain = seen[-1]["reward_mean"] - seen[0]["reward_mean"]

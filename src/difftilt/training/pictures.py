@@ -16,7 +16,7 @@ SHOWN = 64
 
 
 def save_picture(directory: Path, name: str, samples: Samples) -> Path:
-    """A grid of images, a scatter plot of vectors, or a list of tokens as JSON; returns the file written."""
+    """A grid of images, a scatter plot of other floats, or a list of tokens as JSON; returns the file written."""
     directory.mkdir(parents=True, exist_ok=True)
     media = samples.media.detach().cpu()
     if not media.is_floating_point():
@@ -25,14 +25,14 @@ def save_picture(directory: Path, name: str, samples: Samples) -> Path:
         return path
     path = directory / f"{name}.png"
     if media.dim() == 4:
-        image_grid(media[:SHOWN]).save(path)
+        image_grid(media[:SHOWN].float()).save(path)
     else:
-        _scatter(media.flatten(1)[:1024], path)
+        _scatter(media.flatten(1)[:1024].float(), path)
     return path
 
 
 def image_grid(images: Float[Tensor, "batch channel height width"]) -> Image.Image:
-    """Images in [0, 1] in rows, small ones enlarged without smoothing."""
+    """Images in [0, 1] in rows, small ones enlarged without smoothing; of other than 3 channels the first in grey."""
     count, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(count))
     scale = max(1, 64 // max(height, width))
@@ -40,9 +40,8 @@ def image_grid(images: Float[Tensor, "batch channel height width"]) -> Image.Ima
     canvas = torch.ones(rows * (height + 1) - 1, columns * (width + 1) - 1, 3)
     for place, image in enumerate(images.clamp(0, 1)):
         top, left = place // columns * (height + 1), place % columns * (width + 1)
-        canvas[top : top + height, left : left + width] = (
-            image.expand(3, -1, -1).permute(1, 2, 0) if channels == 1 else image.permute(1, 2, 0)
-        )
+        colour = image if channels == 3 else image[:1].expand(3, -1, -1)
+        canvas[top : top + height, left : left + width] = colour.permute(1, 2, 0)
     picture = Image.fromarray((canvas * 255).round().to(torch.uint8).numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 

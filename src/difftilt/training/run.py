@@ -1,17 +1,19 @@
 """What the loop lends to a method during one iteration: prompts, denoisers by role, rewards and everybody's columns."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from difftilt.models.denoiser import NetworkDenoiser
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser, Roles
 from difftilt.process.protocol import Condition
+from difftilt.rewards.compose import WeightedSum
 from difftilt.rewards.protocol import Reward, Samples, Scores
 from difftilt.rewards.scoring import evaluate
 from difftilt.sampling.noise import Noise
@@ -77,7 +79,7 @@ class LoopRun:
 
     def prompts(self, groups: int, size: int) -> PromptBatch:
         share = self.world.share(groups, "groups per iteration")
-        prompt = torch.tensor([self._prompt_at(self.iteration * groups + slot) for slot in share])
+        prompt = self._prompts_at([self.iteration * groups + slot for slot in share])
         group = torch.tensor(list(share)).repeat_interleave(size)
         return self.batch(prompt.repeat_interleave(size), group, first=share.start * size)
 
@@ -88,11 +90,12 @@ class LoopRun:
         index = torch.arange(first, first + len(prompt))
         return PromptBatch(index.to(self.device), group.to(self.device), prompt.to(self.device), condition)
 
-    def _prompt_at(self, place: int) -> int:
-        """The prompt at a place of the endless sequence of shuffled passes over the training prompts."""
-        count = len(self.task.prompts)
-        order = self.noise.at(0).permutation(count, purpose="prompts", step=place // count)
-        return int(order[place % count])
+    def _prompts_at(self, places: Sequence[int]) -> Int[Tensor, " places"]:
+        """The prompts at places of the endless sequence of shuffled passes over the training prompts."""
+        count, noise = len(self.task.prompts), self.noise.at(0)
+        passes = {place // count for place in places}
+        order = {number: noise.permutation(count, purpose="prompts", step=number) for number in passes}
+        return torch.stack([order[place // count][place % count] for place in places])
 
     def samples(self, x_0: Tensor, batch: PromptBatch | Experience, heldout: bool = False) -> Samples:
         texts = self.task.heldout_prompts if heldout else self.task.prompts
@@ -103,11 +106,38 @@ class LoopRun:
         return self.score_with(self.task.reward, samples)
 
     def score_with(self, reward: Reward, samples: Samples) -> Scores:
-        """Scores of another reward than the task's own, counted all the same."""
+        """Scores of another reward than the task's own, counted all the same.
+
+        A sum that standardises its parts over the batch does so over the batch of all processes, except inside a loss
+        (where gradients are on), which sees a microbatch anyway.
+        """
         start = time.perf_counter()
         scores = evaluate(reward, samples, self.ledger)
+        if isinstance(reward, WeightedSum) and reward.normalise in ("batch", "running") and not torch.is_grad_enabled():
+            scores = replace(scores, total=self._combined(reward, scores, samples))
         self.reward_seconds += time.perf_counter() - start
         return scores
+
+    def _combined(self, reward: WeightedSum, scores: Scores, samples: Samples) -> Float[Tensor, " samples"]:
+        """The sum again, from the components of all processes."""
+        if self.world.size == 1 or reward.capabilities.set_valued:
+            return scores.total
+        names = list(reward.rewards)
+
+        def combine(group: Tensor, *columns: Tensor) -> Tensor:
+            return reward.combine(dict(zip(names, columns, strict=True)), group)
+
+        return self.jointly(combine, samples.group, *(scores.components[name] for name in names))
+
+    def observe(self, components: Mapping[str, Tensor]) -> None:
+        """Add the scores of one iteration, of all processes, to a reward that standardises by what it has seen."""
+        reward = self.task.reward
+        if (
+            isinstance(reward, WeightedSum)
+            and reward.normalise == "running"
+            and reward.rewards.keys() <= components.keys()
+        ):
+            reward.observe({name: self.world.gather(components[name]) for name in reward.rewards})
 
     def gather(self, *columns: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.world.gather(column) for column in columns)

@@ -71,19 +71,20 @@ class Updater:
 
     def run_phase(self, phase: Phase, experience: Experience, noise: Noise) -> dict[str, float]:
         """All updates of a phase; returns means of its terms and metrics over them."""
-        roles = (phase.role,) if isinstance(phase.role, str) else phase.role
+        roles = _roles(phase)
         chosen = _trainable_edges(phase, experience)
         totals: dict[str, float] = {}
         count = 0
         for epoch in range(phase.epochs):
             source = noise.named(f"{'+'.join(roles)}/{epoch}")
             for part in self._parts(phase, experience, chosen, source):
+                total = sum(self.run.world.lengths(len(part)))
+                if total == 0:
+                    continue
                 rows = experience.rows(part)
                 if phase.before is not None:
                     rows = phase.before(rows)
-                metrics = self._update(phase, roles, rows, source)
-                if metrics is None:
-                    continue
+                metrics = self._update(phase, rows, total, source)
                 count += 1
                 for name, value in metrics.items():
                     totals[name] = totals.get(name, 0.0) + value
@@ -99,48 +100,55 @@ class Updater:
         sample = edges.sample[chosen]
         unit = experience.group[sample] if phase.unit == "group" else experience.index[sample]
         step = edges.step[chosen] if phase.unit == "edge" else torch.zeros_like(unit)
-        key = noise.uniform(unit, (1,), purpose="order", step=step)[:, 0]
+        key = noise.uniform(unit, (1,), purpose="order", step=step)[:, 0].double()
 
-        def rank(key: Tensor) -> Tensor:
-            return torch.unique(key, return_inverse=True)[1]
+        def assign(key: Tensor, unit: Tensor, step: Tensor) -> Tensor:
+            # two units may draw one key (it has 23 bits): their own numbers break the tie
+            units, place = torch.unique(torch.stack([key, unit, step], dim=1), dim=0, return_inverse=True)
+            return place * phase.updates // len(units)
 
-        place = self.run.jointly(rank, key)
-        units = int(self.run.world.total(torch.unique(key).numel() * torch.ones(1))) if phase.unit != "edge" else 0
-        units = units or sum(self.run.world.lengths(len(chosen)))
-        which = place * phase.updates // max(units, 1)
+        if sum(self.run.world.lengths(len(chosen))) == 0:
+            return []
+        which = self.run.jointly(assign, key, unit.double(), step.double())
         return [chosen[which == update] for update in range(phase.updates)]
 
-    def _update(self, phase: Phase, roles: Sequence[str], rows: Experience, noise: Noise) -> dict[str, float] | None:
-        """One optimiser step; None if no process has a row."""
-        total = sum(self.run.world.lengths(len(rows.edges.step)))
-        if total == 0:
-            return None
+    def _update(self, phase: Phase, rows: Experience, total: int, noise: Noise) -> dict[str, float]:
+        """One optimiser step on ``total`` rows, of which this process may hold none."""
+        roles = _roles(phase)
         parameters = [parameter for role in roles for parameter in self.run.roles.parameters(role)]
         for parameter in parameters:
             parameter.grad = None
         sums = Sums(total)
+        weighted = False
         for micro in _microbatches(rows, phase, self.run.forward_batch):
             loss = phase.loss(micro, noise)
-            self._check(loss, phase)
+            self._check(loss, phase, len(micro.edges.step))
+            weighted |= any(term.weight != 0 for term in loss.terms.values())
             value = sum(((term.weight * term.value.sum()) for term in loss.terms.values()), start=torch.zeros(()))
             if value.requires_grad:
                 (value / total).backward()
             sums.add({f"loss/{name}": term.value for name, term in loss.terms.items()} | dict(loss.metrics))
         self.run.world.sum_gradients(parameters)
+        if weighted:
+            self._check_reached(roles)
         self._reduce(sums)
         norm = self._step(roles)
         metrics = sums.means() | {"grad_norm": norm}
         if "ratio" in sums.first:
             metrics |= {"ratio_mean": sums.mean("ratio"), "ratio_std": sums.std("ratio")}
             del metrics["ratio"]
-        self.fresh = False
+        self.fresh &= "current" not in roles
         return metrics
 
     def _reduce(self, sums: Sums) -> None:
-        if self.run.world.size > 1:
-            for store in (sums.first, sums.second):
-                for name in sorted(store):
-                    store[name] = self.run.world.total(store[name])
+        """Add up the sums of all processes, in one message."""
+        if self.run.world.size == 1:
+            return
+        names = self.run.world.names(sums.first)
+        own = [store.get(name, torch.zeros(())).double() for store in (sums.first, sums.second) for name in names]
+        if names:
+            first, second = self.run.world.total(torch.stack([number.cpu() for number in own])).chunk(2)
+            sums.first, sums.second = (dict(zip(names, column, strict=True)) for column in (first, second))
 
     def _step(self, roles: Sequence[str]) -> float:
         """Clip, step, note the step, let the roles that count steps follow."""
@@ -159,19 +167,38 @@ class Updater:
             self.run.roles.stepped(role)
             self.steps[role] += 1
             for name, spec in self.specs.items():
-                if isinstance(spec, Lagging) and spec.source == role and _due(spec, self.steps[role]):
-                    self.run.roles.blend(name, role, spec.decay(self.steps[role]))
+                if isinstance(spec, Lagging) and self._trained(spec) == role and _due(spec, self.steps[role]):
+                    self.run.roles.blend(name, spec.source, spec.decay(self.steps[role]))
         return max(norms)
 
     def follow(self) -> None:
         """End of an iteration: the roles that follow another once per iteration do so."""
         for name, spec in self.specs.items():
             if isinstance(spec, Lagging) and spec.every == "iteration":
-                self.run.roles.blend(name, spec.source, spec.decay(self.steps[spec.source]))
+                self.run.roles.blend(name, spec.source, spec.decay(self.steps.get(self._trained(spec), 0)))
 
-    def _check(self, loss: Loss, phase: Phase) -> None:
+    def _trained(self, spec: Lagging) -> str:
+        """The role at the head of a chain of followers: the one whose optimiser steps are counted."""
+        source = self.specs.get(spec.source)
+        return self._trained(source) if isinstance(source, Lagging) else spec.source
+
+    def _check_reached(self, roles: Sequence[str]) -> None:
+        for role in roles:
+            if all(parameter.grad is None for parameter in self.run.roles.parameters(role)):
+                raise GuardError(
+                    f"the loss has a gradient, but none of it reaches role {role}: evaluate the loss with that role, "
+                    "or name another one in the phase"
+                )
+
+    def _check(self, loss: Loss, phase: Phase, rows: int) -> None:
+        for name, values in {**{name: term.value for name, term in loss.terms.items()}, **loss.metrics}.items():
+            if values.shape != (rows,):
+                raise GuardError(
+                    f"loss term or metric {name} has shape {tuple(values.shape)}, not one value for each of the {rows} "
+                    "rows: leave the mean to the loop"
+                )
         for name, term in loss.terms.items():
-            if term.weight > 0 and not term.value.requires_grad:
+            if term.weight != 0 and not term.value.requires_grad:
                 raise GuardError(
                     f"loss term {name} has weight {term.weight:g} but no gradient: it was computed under no_grad, from "
                     f"detached tensors, or without the role {phase.role}"
@@ -183,6 +210,10 @@ class Updater:
                     f"iteration {self.run.iteration}: before the first update the ratio differs from 1 by {worst:.2g}: "
                     "rollout and replay disagree (a stateful network, dropout, or guidance that differs between them)"
                 )
+
+
+def _roles(phase: Phase) -> tuple[str, ...]:
+    return (phase.role,) if isinstance(phase.role, str) else phase.role
 
 
 def _due(spec: Lagging, steps: int) -> bool:

@@ -1,7 +1,7 @@
 """The processes of a run: one alone, or several under ``torchrun``, with equal results."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,12 @@ class World:
         return range(self.rank * part, (self.rank + 1) * part)
 
     def gather(self, column: Tensor) -> Tensor:
-        """The rows of all processes in order of rank; processes may hold different numbers of rows."""
+        """The rows of all processes in order of rank; processes may hold different numbers of rows. No gradient."""
         if self.size == 1:
             return column
         lengths = self.lengths(len(column))
         padded = column.new_zeros((max(lengths), *column.shape[1:]))
-        padded[: len(column)] = column
+        padded[: len(column)] = column.detach()
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded.contiguous())
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
@@ -81,17 +81,32 @@ class World:
         return summed
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Add up the gradients of all processes in one message, in place; a missing one counts as zero."""
+        """Add up the gradients of all processes in one message, in place.
+
+        A gradient that only some processes lack counts as zero there; one that all lack stays missing, so that the
+        optimiser leaves its parameter alone, as it does in a single process.
+        """
         if self.size == 1:
             return
-        for parameter in parameters:
-            if parameter.grad is None:
+        held = self.total(torch.tensor([parameter.grad is not None for parameter in parameters]).long())
+        for parameter, holders in zip(parameters, held.tolist(), strict=True):
+            if parameter.grad is None and holders:
                 parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not grads:
+            return
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         dist.all_reduce(flat)
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))
+
+    def names(self, own: Iterable[str]) -> list[str]:
+        """All names that any process holds, sorted: a process without rows still takes part in every sum."""
+        if self.size == 1:
+            return sorted(own)
+        every: list[list[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(every, sorted(own))
+        return sorted({name for names in every for name in names})
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -105,5 +120,8 @@ def join_world() -> World:
     if size == 1:
         return World()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # counts and rewards may live on the CPU while weights live on a GPU, so both kinds need a backend
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return World(dist.get_rank(), dist.get_world_size())

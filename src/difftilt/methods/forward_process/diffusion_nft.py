@@ -19,6 +19,7 @@ from torch import Tensor
 from difftilt.card import Card
 from difftilt.credit.group import Scale, group_advantage
 from difftilt.credit.optimality import OptimalityMode, optimality
+from difftilt.errors import UserError
 from difftilt.models.protocol import Lagging, RoleSpec
 from difftilt.objectives.kl import velocity_gap
 from difftilt.objectives.nft import nft_loss
@@ -36,7 +37,7 @@ CARD = Card(
     entry="DiffusionNFT",
     paper="Zheng et al. 2025, DiffusionNFT: Online Diffusion Reinforcement with Forward Process, arXiv 2509.16117",
     needs=("gaussian process", "per-sample reward"),
-    laws=("constant_reward", "offset_per_prompt", "batch_split"),
+    laws=("constant_reward", "batch_split"),
 )
 
 
@@ -82,11 +83,9 @@ def behaviour_decay(schedule: int, n: int) -> float:
 class DiffusionNFT(MethodBase):
     """Sample with ``behaviour``, score, re-noise, regress both branches."""
 
-    Config = Config
-
     def __init__(self, config: Config, task: Task) -> None:
         if not isinstance(task.model.process, GaussianProcess):
-            raise TypeError("diffusion-nft needs a Gaussian process: tokens have no velocity; use a discrete method")
+            raise UserError("diffusion-nft needs a Gaussian process: tokens have no velocity; use a discrete method")
         self.config = config
 
     @property

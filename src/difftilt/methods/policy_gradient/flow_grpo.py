@@ -14,30 +14,32 @@ Settings turn it into DDPO (``kernel: ddim``, ``advantage: history``), DPOK (``o
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Literal
 
-import torch
+from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
 from difftilt.card import Card
 from difftilt.config import Config as Settings
-from difftilt.credit.group import Aggregation, Normaliser, Scale, aggregate, best_worst, broadcast, leave_one_out
-from difftilt.credit.history import History, push_and_normalise
-from difftilt.models.protocol import Lagging, RoleSpec
-from difftilt.objectives.kl import KLMode, step_kl
-from difftilt.objectives.policy_gradient import divided_by_time, guard_log_ratio, reinforce, surrogate_of_ratio
-from difftilt.rewards.protocol import Scores
-from difftilt.sampling.presets import Preset, cps, dance_sde, ddim, flow_sde, unmasking
-from difftilt.sampling.protocol import Edges, Moment, NoiseSource
-from difftilt.sampling.rollout import Plan, replay, rollout, start_state
-from difftilt.sampling.steps import GaussianStep
-from difftilt.sampling.windows import Motion, moving_start, random_start, random_steps, window_mask
+from difftilt.credit.group import broadcast
+from difftilt.credit.history import History
+from difftilt.errors import UserError
+from difftilt.models.mlp import MLP
+from difftilt.models.protocol import Denoiser, Lagging, RoleSpec, Trained
+from difftilt.process.masked import MaskedProcess
+from difftilt.sampling.protocol import NoiseSource, Trajectory
+from difftilt.sampling.rollout import Plan, rollout, start_state
+from difftilt.sampling.solvers import DPMSolverPP
+from difftilt.sampling.windows import Motion, compressed, moving_start, random_start, random_steps, window_mask
+from difftilt.training.advantages import AdvantageConfig, Advantages
 from difftilt.training.base import MethodBase
 from difftilt.training.config import GroupSampling
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.grids import grid_of
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
+from difftilt.training.surrogate import SurrogateConfig, make_preset, surrogate_loss
 
 CARD = Card(
     name="flow-grpo",
@@ -65,98 +67,61 @@ class Window(Settings):
     """Steps that it moves by."""
 
 
-class Config(GroupSampling):
-    """Defaults are Flow-GRPO's; clip ranges belong to the mean over dimensions."""
+class Config(GroupSampling, AdvantageConfig, SurrogateConfig):
+    """Rollout and update; the comparison of rewards and the objective are shared by the whole family."""
 
     steps: int | None = Field(default=None, ge=2)
     """Steps of a rollout; None follows the task's sampler."""
     shift: float = Field(default=3.0, gt=0)
     """Time shift of the grid when ``steps`` is given."""
-    kernel: Literal["flow_sde", "dance_sde", "cps", "ddim", "unmasking"] = "flow_sde"
-    """Stochastic step and its log-probability convention."""
-    noise_level: float = Field(default=0.7, gt=0)
-    """``a`` of flow_sde and cps, ``eta`` of dance_sde and ddim."""
     share_start: bool = False
     """One initial noise for all samples of a group (DanceGRPO, MixGRPO)."""
     output: Literal["state", "x0"] = "state"
     """Score the last state, or the x0-prediction of the last evaluation (DanceGRPO)."""
     window: Window | None = None
     """None: all steps but the last are stochastic and trained."""
+    flash_steps: int | None = Field(default=None, ge=1)
+    """Steps of a second-order solver from the window's end to the data, on a compressed grid (MixGRPO-Flash)."""
     step_fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of the trainable steps that is trained, drawn for each sample (DanceGRPO: 0.6)."""
-    advantage: Literal["group", "history", "leave_one_out", "none"] = "group"
-    """Baseline: the group, DDPO's running buffer of each prompt, the other samples of the group, or nothing (DPOK)."""
-    advantage_std: Scale = "group"
-    """What a centred reward is divided by."""
-    ddof: Literal[0, 1] = 0
-    """Population (Flow-GRPO) or sample (DanceGRPO) standard deviation."""
-    std_eps: float = Field(default=1e-4, gt=0)
-    """Added to the standard deviation; DanceGRPO 1e-8."""
-    history: int = Field(default=32, ge=16)
-    """Rewards remembered for each prompt."""
-    aggregation: Aggregation | None = None
-    """How the components of the reward meet; None takes its weighted total."""
-    component_weights: dict[str, float] = Field(default_factory=dict[str, float])
-    """Weights for ``aggregation``; a component not named counts 1."""
-    advantage_clip: float = Field(default=5.0, gt=0)
-    """Bound of the absolute advantage."""
-    best_worst: int | None = Field(default=None, ge=2)
-    """Train only on so many samples of a group, half the best and half the worst; None on all."""
-    objective: Literal["clipped", "guard", "reinforce"] = "clipped"
-    """PPO's ratio, GRPO-Guard's corrected ratio, or DPOK's plain likelihood weighting."""
-    guard_divide_by_dt: bool = True
-    """Divide the guarded loss by the length of its step, as the reference script does."""
-    clip_range: float | None = Field(default=None, gt=0)
-    """c; None takes the preset's, made for images. With 2 to 64 dimensions use 0.05 to 0.2."""
-    kl_weight: float = Field(default=0.04, ge=0)
-    """Weight of the KL to the reference."""
-    kl: KLMode = "exact"
-    """``exact`` step KL; ``flow_grpo``: as released, weaker by the step length; ``velocity``, ``mean``: squared gaps."""
+    value_baseline: bool = False
+    """Subtract a learned value V(x_t, t, prompt) from the advantage (optional in DPOK)."""
     updates: int = Field(default=2, ge=1)
     """Optimiser steps per iteration."""
     ema: float = Field(default=0.9, ge=0, lt=1)
     """Largest decay of the averaged weights that are evaluated, updated every 8 steps; 0 evaluates the trained ones."""
 
 
-def make_preset(config: Config) -> Preset:
-    """The preset that the configuration names."""
-    makers = {"flow_sde": flow_sde, "dance_sde": dance_sde, "cps": cps, "ddim": ddim}
-    return unmasking() if config.kernel == "unmasking" else makers[config.kernel](config.noise_level)
-
-
 class FlowGRPO(MethodBase):
     """Roll out with ``current``, compare in groups, climb the clipped surrogate."""
 
-    Config = Config
-
     def __init__(self, config: Config, task: Task) -> None:
+        _check(config, task)
         self.config = config
         self.preset = make_preset(config)
         self.grid = grid_of(task, config.steps, config.shift)
-        self.clip_range = config.clip_range or self.preset.clip_range
-        self.history = History.empty(len(task.prompts), config.history)
+        self.advantages = Advantages(config, len(task.prompts))
+        self.values = MLP(prod(task.model.shape), 1, classes=len(task.prompts)) if config.value_baseline else None
 
     @property
     def evaluated_role(self) -> str:
         return "ema" if self.config.ema else "current"
 
     def roles(self) -> Mapping[str, RoleSpec]:
-        """``ema`` for evaluation."""
-        decay = partial(_warm_decay, largest=self.config.ema)
-        return {"ema": Lagging("current", decay, every=8)} if self.config.ema else {}
+        """``ema`` for evaluation, ``value`` for the learned baseline."""
+        roles: dict[str, RoleSpec] = {}
+        if self.config.ema:
+            roles["ema"] = Lagging("current", partial(_warm_decay, largest=self.config.ema), every=8)
+        if self.values is not None:
+            roles["value"] = Trained(source=None, network=self.values)
+        return roles
 
     def collect(self, run: Run) -> Experience:
         """Roll out groups, score, compare; the trained steps become edges with their sample's advantage."""
         batch = run.prompts(self.config.groups, self.config.group_size)
-        denoise = run.denoiser("current")
-        key = batch.group if self.config.share_start else batch.index
-        x_t = start_state(denoise.process, run.noise, key, run.task.model.shape)
-        plan = self.plan(run.iteration, run.noise)
-        trajectory = rollout(
-            denoise, self.preset, self.grid, x_t, batch.condition, noise=run.noise, index=batch.index, plan=plan
-        )
+        trajectory = self._rollout(run, run.denoiser("current"), batch)
         scores = run.score(run.samples(trajectory.x_0, batch))
-        advantage = self._advantage(run, scores, batch)
+        advantage = self.advantages(run, scores, batch)
         edges = replace(trajectory.edges, advantage=broadcast(advantage, trajectory.edges.sample))
         experience = Experience(
             index=batch.index,
@@ -170,100 +135,90 @@ class FlowGRPO(MethodBase):
         )
         return replace(experience, edges=replace(edges, mask=self._trained(run, experience, advantage)))
 
+    def _rollout(self, run: Run, denoise: Denoiser, batch: PromptBatch) -> Trajectory:
+        """The whole grid, or with ``flash_steps`` the grid up to the window's end and a fast solver from there."""
+        key = batch.group if self.config.share_start else batch.index
+        x_t = start_state(denoise.process, run.noise, key, run.task.model.shape)
+        plan = self.plan(run.iteration, run.noise)
+        grid, end = self.grid, len(self.grid) - 1
+        if self.config.flash_steps is not None and plan.stochastic is not None:
+            end = int(plan.stochastic.nonzero().max()) + 1
+        trajectory = rollout(
+            denoise, self.preset, grid[: end + 1], x_t, batch.condition, noise=run.noise, index=batch.index, plan=plan
+        )
+        if self.config.flash_steps is None:
+            return trajectory
+        rest = compressed(grid[end:], self.config.flash_steps)
+        return replace(trajectory, x_0=DPMSolverPP()(denoise, trajectory.x_0, batch.condition, rest))
+
     def plan(self, iteration: int, noise: NoiseSource) -> Plan:
         """Which steps are stochastic, and recorded: a window, or all but the last."""
         steps = len(self.grid) - 1
-        trained = window_mask(steps, 0, steps - 1)
+        plan = Plan(
+            record=window_mask(steps, 0, steps - 1), means=self.config.objective == "guard", output=self.config.output
+        )
         window = self.config.window
         if window is None:
-            return Plan(record=trained, means=self.config.objective == "guard", output=self.config.output)
+            return plan
         if window.motion == "random":
             start = random_start(noise, window.low, window.high or max(steps // 2, window.width), window.width)
         else:
             start = moving_start(iteration, steps - window.width, window.every, window.stride, window.motion)
-        inside = window_mask(steps, start, window.width)
-        means = self.config.objective == "guard"
-        return Plan(stochastic=inside, record=inside & trained, means=means, output=self.config.output)
+        return replace(plan, stochastic=window_mask(steps, start, window.width))
 
-    def _advantage(self, run: Run, scores: Scores, batch: PromptBatch) -> Tensor:
-        """(samples,), clipped; computed from the rewards of all processes."""
-        config = self.config
-        names = sorted(scores.components)
-        normaliser = Normaliser(config.advantage_std, config.ddof, config.std_eps)
-
-        def credit(total: Tensor, group: Tensor, prompt: Tensor, *columns: Tensor) -> Tensor:
-            if config.aggregation is not None:
-                weights = {name: config.component_weights.get(name, 1.0) for name in names}
-                components = dict(zip(names, columns, strict=True))
-                return aggregate(components, weights, group, config.aggregation, normaliser=normaliser)
-            if config.advantage == "history":
-                advantage, self.history = push_and_normalise(self.history, total, prompt)
-                return advantage
-            if config.advantage == "none":
-                return total
-            return leave_one_out(total, group) if config.advantage == "leave_one_out" else normaliser(total, group)
-
-        columns = [scores.components[name] for name in names]
-        advantage = run.jointly(credit, scores.total, batch.group, batch.prompt, *columns)
-        return advantage.clamp(-config.advantage_clip, config.advantage_clip)
-
-    def _trained(self, run: Run, experience: Experience, advantage: Tensor) -> Tensor:
-        """(edges,) False for samples that teach nothing or were not selected, and for steps not drawn."""
-        edges, config = experience.edges, self.config
-        kept = advantage != 0 if config.objective != "reinforce" else torch.ones_like(advantage, dtype=torch.bool)
-        if config.best_worst is not None:
-            kept &= run.jointly(partial(best_worst, keep=config.best_worst), advantage, experience.group)
-        mask = kept[edges.sample]
-        if config.step_fraction < 1:
-            first = int(edges.step.min()) if len(edges.step) else 0
-            count = int(edges.step.max()) - first + 1 if len(edges.step) else 1
-            drawn = random_steps(run.noise, experience.index, count, config.step_fraction)
-            mask &= drawn[edges.sample, edges.step - first]
+    def _trained(self, run: Run, experience: Experience, advantage: Tensor) -> Bool[Tensor, " edges"]:
+        """False for samples that teach nothing or were not selected, and for steps not drawn."""
+        edges = experience.edges
+        mask = self.advantages.selected(run, advantage, experience.group)[edges.sample]
+        if self.config.step_fraction < 1 and len(edges.step):
+            first, last = int(edges.step.min()), int(edges.step.max())
+            drawn = random_steps(run.noise, experience.index, last - first + 1, self.config.step_fraction)
+            mask = mask & drawn[edges.sample, edges.step - first]
         return mask
 
     def phases(self, run: Run) -> Sequence[Phase]:
-        """One: the surrogate and the KL."""
-        return [Phase("current", partial(self._loss, run), updates=self.config.updates)]
+        """The surrogate with its KL, and the regression of the value where there is one."""
+        phases = [Phase("current", partial(self._loss, run), updates=self.config.updates)]
+        return phases if self.values is None else [*phases, Phase("value", partial(self._value_loss, run))]
 
     def _loss(self, run: Run, rows: Experience, noise: NoiseSource) -> Loss:
-        edges = rows.edges
-        assert edges.x_s is not None
-        assert edges.advantage is not None
-        moment = replay(run.denoiser("current"), self.preset, edges, rows.condition)
-        log_prob = self.preset.log_prob(moment.step, edges.x_s)
-        surrogate = surrogate_of_ratio(self._log_ratio(edges, moment, log_prob), edges.advantage[:, 0], self.clip_range)
-        policy = surrogate.value
-        if self.config.objective == "reinforce":
-            policy = reinforce(log_prob, edges.advantage[:, 0])
-        elif self.config.objective == "guard" and self.config.guard_divide_by_dt:
-            policy = divided_by_time(policy, moment.t, moment.s)
-        terms = {"policy": Term(policy)}
-        if self.config.kl_weight:
-            with torch.no_grad():
-                frozen = replay(run.denoiser("reference"), self.preset, edges, rows.condition)
-            predictions = (moment.prediction, frozen.prediction)
-            kl = step_kl(self.config.kl, moment.step, frozen.step, moment.t, moment.s, predictions=predictions)
-            terms["kl"] = Term(kl, self.config.kl_weight)
-        return Loss(terms, {"ratio": surrogate.ratio, "clip_fraction": surrogate.clipped})
+        assert rows.edges.advantage is not None
+        advantage = rows.edges.advantage[:, 0]
+        if self.values is not None:
+            advantage = advantage - self._value(run, rows).detach()
+        return surrogate_loss(self.config, self.preset, run, rows, advantage)
 
-    def _log_ratio(self, edges: Edges, moment: Moment, log_prob: Tensor) -> Tensor:
-        """Log of new over old probability of the stored states, corrected in the guarded form."""
-        assert edges.log_prob is not None
-        if self.config.objective != "guard":
-            return log_prob - edges.log_prob
-        step = moment.step
-        if not isinstance(step, GaussianStep) or edges.mean is None:
-            raise TypeError("objective guard needs a Gaussian kernel: its correction is a distance of means")
-        return guard_log_ratio(log_prob, edges.log_prob, step.mean, edges.mean, step.std)
+    def _value(self, run: Run, rows: Experience) -> Tensor:
+        return run.roles.module("value")(rows.edges.x_t, rows.edges.t, rows.prompt)[:, 0]
+
+    def _value_loss(self, run: Run, rows: Experience, noise: NoiseSource) -> Loss:
+        assert rows.edges.advantage is not None
+        return Loss({"value": Term((rows.edges.advantage[:, 0] - self._value(run, rows)).square())})
 
     def state_dict(self) -> dict[str, Tensor]:
         """The reward history of the prompts."""
-        return {"history": self.history.values}
+        return {"history": self.advantages.history.values}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.history = History(state["history"])
+        self.advantages.history = History(state["history"])
 
 
 def _warm_decay(n: int, largest: float) -> float:
     """min((1 + n)/(10 + n), largest)."""
     return min((1 + n) / (10 + n), largest)
+
+
+def _check(config: Config, task: Task) -> None:
+    """Refuse what cannot work, with the setting that would."""
+    tokens = isinstance(task.model.process, MaskedProcess)
+    if tokens != (config.kernel == "unmasking"):
+        fitting = "unmasking" if tokens else "flow_sde, dance_sde, cps or ddim"
+        raise UserError(f"method.kernel = {config.kernel} does not fit the process of {task.name}: use {fitting}")
+    if tokens and (config.window or config.objective == "guard" or config.kl != "exact"):
+        raise UserError(f"{task.name} has tokens: window, objective guard and inexact kl need a Gaussian process")
+    if config.flash_steps is not None and config.window is None:
+        raise UserError("method.flash_steps replaces the steps after a window: set method.window, or leave it out")
+    if config.best_worst is not None and (config.best_worst % 2 or config.best_worst > config.group_size):
+        raise UserError(
+            f"method.best_worst = {config.best_worst} must be even and at most group_size = {config.group_size}"
+        )

@@ -1,0 +1,81 @@
+"""From the rewards of an iteration to advantages, as configured: baseline, scale, several rewards, selection."""
+
+from functools import partial
+from typing import Literal
+
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from difftilt.config import Config
+from difftilt.credit.group import Aggregation, Normaliser, Scale, aggregate, best_worst, leave_one_out
+from difftilt.credit.history import History, push_and_normalise
+from difftilt.rewards.protocol import Scores
+from difftilt.training.experience import PromptBatch
+from difftilt.training.protocol import Run
+
+
+class AdvantageConfig(Config):
+    """How a reward is compared. Defaults are Flow-GRPO's."""
+
+    advantage: Literal["group", "history", "leave_one_out", "none"] = "group"
+    """Baseline: the group, DDPO's running buffer of each prompt, the other samples of the group, or nothing (DPOK)."""
+    advantage_std: Scale = "group"
+    """What a centred reward is divided by."""
+    ddof: Literal[0, 1] = 0
+    """Population (Flow-GRPO) or sample (DanceGRPO) standard deviation."""
+    std_eps: float = Field(default=1e-4, gt=0)
+    """Added to the standard deviation; DanceGRPO 1e-8."""
+    history: int = Field(default=32, ge=16)
+    """Rewards remembered for each prompt."""
+    aggregation: Aggregation | None = None
+    """How the components of the reward meet; None takes its weighted total."""
+    component_weights: dict[str, float] = Field(default_factory=dict[str, float])
+    """Weights for ``aggregation``; a component not named counts 1."""
+    advantage_clip: float = Field(default=5.0, gt=0)
+    """Bound of the absolute advantage."""
+    best_worst: int | None = Field(default=None, ge=2)
+    """Train only on so many samples of a group, half the best and half the worst; None on all."""
+
+
+class Advantages:
+    """Advantages over the rewards of all processes. The history is the only thing remembered."""
+
+    def __init__(self, config: AdvantageConfig, prompts: int) -> None:
+        self.config = config
+        self.history = History.empty(prompts, config.history)
+
+    def __call__(self, run: Run, scores: Scores, batch: PromptBatch) -> Float[Tensor, " samples"]:
+        """Clipped advantage of each sample of this process."""
+        names = sorted(scores.components)
+        columns = [scores.components[name] for name in names]
+        credit = partial(self._credit, names)
+        advantage: Tensor = run.jointly(credit, scores.total, batch.group, batch.prompt, *columns)
+        return advantage.clamp(-self.config.advantage_clip, self.config.advantage_clip)
+
+    def _credit(self, names: list[str], total: Tensor, group: Tensor, prompt: Tensor, *columns: Tensor) -> Tensor:
+        config = self.config
+        normaliser = Normaliser(config.advantage_std, config.ddof, config.std_eps)
+        if config.aggregation is not None:
+            weights = {name: config.component_weights.get(name, 1.0) for name in names}
+            components = dict(zip(names, columns, strict=True))
+            return aggregate(components, weights, group, config.aggregation, normaliser=normaliser)
+        match config.advantage:
+            case "history":
+                advantage, self.history = push_and_normalise(self.history, total, prompt)
+                return advantage
+            case "leave_one_out":
+                return leave_one_out(total, group)
+            case "none":
+                return total
+            case "group":
+                return normaliser(total, group)
+
+    def selected(
+        self, run: Run, advantage: Float[Tensor, " samples"], group: Int[Tensor, " samples"]
+    ) -> Bool[Tensor, " samples"]:
+        """False for samples whose advantage is 0, and for those between the best and the worst."""
+        kept = advantage != 0
+        if self.config.best_worst is None:
+            return kept
+        return kept & run.jointly(partial(best_worst, keep=self.config.best_worst), advantage, group)
