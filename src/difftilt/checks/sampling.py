@@ -40,9 +40,9 @@ def solver_error(solver: Solver, process: GaussianProcess, grid: Tensor) -> floa
 
 
 def solver_order(solver: Solver, expected: float) -> float:
-    """The measured order on each process, farthest from the expected one."""
+    """The measured order on rectified flow and the linear schedule, farthest from the expected one."""
     orders: list[float] = []
-    for process in PROCESSES:
+    for process in PROCESSES[:2]:
         coarse, fine = (solver_error(solver, process, interior(steps)) for steps in (50, 200))
         orders.append(order(coarse, fine, 4))
     return max(orders, key=lambda value: abs(value - expected))

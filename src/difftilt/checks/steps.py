@@ -1,4 +1,4 @@
-"""Steps as distributions: drawing, densities and divergences against quadrature, enumeration and torch.distributions."""
+"""Steps as distributions: draws, densities, divergences against quadrature, enumeration and torch.distributions."""
 
 import math
 from functools import partial

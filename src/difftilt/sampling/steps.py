@@ -127,7 +127,7 @@ class CategoricalStep(Batched):
     ) -> Float[Tensor, "batch position symbols"]:
         """Gumbel-softmax over all symbols, the mask included, with the noise of :meth:`draw`.
 
-        From a relaxed state only its mask mass m moves: (1 - m)·state + m·draw (DRAKES, arXiv 2410.13643).
+        A relaxed state with mask mass m becomes (1 - m)·state + m·draw (DRAKES, arXiv 2410.13643).
         """
         # a finite floor: -inf logits give NaN gradients in the softmax
         drawn = ((self.log_probs.clamp(min=-1e6) + gumbel(noise)) / temperature).softmax(-1)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from difftilt.errors import UserError
 from difftilt.sampling.protocol import NoiseSource
 
 Motion = Literal["sliding", "decay", "exponential_decay", "random"]
@@ -26,11 +27,13 @@ def random_start(noise: NoiseSource, low: int, high: int, width: int) -> int:
     """A window's first step, uniform over [low, high - width], from this iteration's noise (Flow-GRPO-Fast).
 
     Raises:
-        ValueError: if no window of this width fits between ``low`` and ``high``.
+        UserError: if no window of this width fits between ``low`` and ``high``.
     """
     count = high - width - low + 1
     if count < 1:
-        raise ValueError(f"a window of {width} steps does not fit into steps {low} to {high - 1}")
+        raise UserError(
+            f"a window of {width} steps does not fit into steps {low} to {high - 1}: make it narrower, or take more steps"
+        )
     uniform = noise.uniform(torch.zeros(1, dtype=torch.int64), (1,), purpose="window")
     return low + min(int(float(uniform) * count), count - 1)
 
@@ -46,7 +49,12 @@ def moving_start(iteration: int, positions: int, every: int, stride: int = 1, mo
         motion: ``sliding`` stays ``every`` iterations everywhere; ``exponential_decay`` stays
             ceil(every·exp(-0.1·max(0, start - 13))); ``decay`` falls linearly from ``every`` at the first start to 1 at
             the last (its published form was not available: reconstructed).
+
+    Raises:
+        UserError: if no window fits.
     """
+    if positions < 1:
+        raise UserError("no moving window fits before the untrained last step: make it narrower, or take more steps")
     starts = list(range(0, positions, stride))
     stays = [_stay(start, positions, every, motion) for start in starts]
     place = iteration % sum(stays)
@@ -61,7 +69,7 @@ def _stay(start: int, positions: int, every: int, motion: Motion) -> int:
     if motion == "exponential_decay":
         return math.ceil(every * math.exp(-0.1 * max(0, start - 13)))
     if motion == "decay":
-        return max(1, round(every * (1 - start / max(positions, 1))))
+        return round(every - (every - 1) * start / max(positions - 1, 1))
     return every
 
 
@@ -69,7 +77,8 @@ def random_steps(
     noise: NoiseSource, index: Int[Tensor, " samples"], steps: int, fraction: float
 ) -> Bool[Tensor, "samples steps"]:
     """For every sample a random subset of max(1, floor(fraction·steps)) steps (DanceGRPO trains 60 %)."""
-    count = max(1, math.floor(fraction * steps))
+    # 0.29 · 100 is a little below 29 in floating point
+    count = max(1, math.floor(fraction * steps + 1e-9))
     order: Float[Tensor, "samples steps"] = noise.uniform(index, (steps,), purpose="trained steps")
     return order.argsort(1).argsort(1) < count
 

@@ -81,7 +81,7 @@ class Loop:
         began = time.perf_counter()
         with torch.no_grad():
             experience = self.method.collect(run)
-        collected = time.perf_counter()
+        collected, scored = time.perf_counter(), run.reward_seconds
         learned: Row = {}
         for place, phase in enumerate(self.method.phases(run)):
             if phase.when(iteration):
@@ -96,8 +96,8 @@ class Loop:
         counts = run.world.total(torch.tensor([cost.nfe, cost.reward_calls, cost.gradient_passes]))
         row |= dict(zip(("nfe", "reward_calls", "gradient_passes"), counts.tolist(), strict=True))
         row["time/reward"] = run.reward_seconds
-        row["time/rollout"] = collected - began - run.reward_seconds
-        row["time/update"] = ended - collected
+        row["time/rollout"] = collected - began - scored
+        row["time/update"] = ended - collected - (run.reward_seconds - scored)
         row["samples_per_second"] = sum(run.world.lengths(len(experience.index))) / (ended - began)
         every = self.config.evaluate_every
         if (every and (iteration + 1) % every == 0) or iteration + 1 == self.config.iterations:

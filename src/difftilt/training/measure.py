@@ -95,20 +95,23 @@ def drift_of(run: LoopRun, role: str, x_0: Tensor, batch: PromptBatch, noise: No
 
 
 def quick_drift(run: LoopRun, role: str, x_0: Tensor, condition: Condition, index: Int[Tensor, " samples"]) -> float:
-    """The same number from one random step of the grid and at most one network batch of samples: unbiased and cheap.
+    """The same number from one step of the grid per sample and at most one network batch of samples: unbiased, cheap.
 
-    The samples are the first of all processes together, so that their number does not change the result.
+    The samples are the first of all processes together, so that their number does not change the result; their steps
+    go round the grid from a random one, for the rate grows steeply towards the data and one step for all is too noisy.
     """
     if run.roles.same(role, "reference"):
         return 0.0
     run = replace(run, ledger=Ledger())
     noise = run.noise.named("drift")
-    step = int(noise.permutation(DRIFT_STEPS, purpose="step")[0])
-    grid = uniform_grid(DRIFT_STEPS)[step : step + 2]
+    first = int(noise.permutation(DRIFT_STEPS, purpose="step")[0])
     earlier = sum(run.world.lengths(len(x_0))[: run.world.rank])
-    rows = torch.arange(max(0, min(run.forward_batch - earlier, len(x_0))), device=x_0.device)
+    rows = torch.arange(max(0, min(run.forward_batch - earlier, len(x_0))))
+    step = (first + earlier + rows) % DRIFT_STEPS
+    times = uniform_grid(DRIFT_STEPS)
     kl = torch.zeros(0, device=x_0.device)
     if len(rows):
+        grid, rows = torch.stack([times[step], times[step + 1]], dim=1), rows.to(x_0.device)
         with torch.no_grad():
             current, reference = run.denoiser(role, 1.0), run.denoiser("reference", 1.0)
             kl = path_kl(current, reference, x_0[rows], take(condition, rows), grid, noise, index[rows]).float()

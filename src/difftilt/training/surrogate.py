@@ -33,7 +33,7 @@ class SurrogateConfig(Config):
     kl_weight: float = Field(default=0.04, ge=0)
     """Weight of the KL to the reference."""
     kl: KLMode = "exact"
-    """``exact`` step KL; ``flow_grpo``: as released, weaker by the step's length; ``velocity``, ``mean``: plain gaps."""
+    """``exact`` step KL; ``flow_grpo``: as released, weaker by the step length; ``velocity``, ``mean``: gaps."""
 
 
 def make_preset(config: SurrogateConfig) -> Preset:

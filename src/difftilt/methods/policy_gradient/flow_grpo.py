@@ -216,6 +216,11 @@ def _check(config: Config, task: Task) -> None:
         raise UserError(f"method.kernel = {config.kernel} does not fit the process of {task.name}: use {fitting}")
     if tokens and (config.window or config.objective == "guard" or config.kl != "exact"):
         raise UserError(f"{task.name} has tokens: window, objective guard and inexact kl need a Gaussian process")
+    steps = len(grid_of(task, config.steps, config.shift)) - 1
+    if config.window is not None and config.window.width >= steps:
+        raise UserError(
+            f"method.window.width = {config.window.width} leaves nothing of {steps} steps: the last is never trained"
+        )
     if config.flash_steps is not None and config.window is None:
         raise UserError("method.flash_steps replaces the steps after a window: set method.window, or leave it out")
     if config.best_worst is not None and (config.best_worst % 2 or config.best_worst > config.group_size):

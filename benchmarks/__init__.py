@@ -1,0 +1,1 @@
+"""What the library costs over the network that it runs: paired, interleaved measurements (``make bench``)."""

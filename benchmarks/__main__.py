@@ -1,0 +1,91 @@
+"""Run the benchmarks and write their results: ``python -m benchmarks [NAME ...] [--repeats N]``.
+
+Always exits with 0: a machine that is slow, or busy, is no error. Whether a bound holds is printed and stored.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.paired import Report, Subject, measure
+from benchmarks.sampling import fk_overhead, noise_cost, rollout_overhead
+from benchmarks.training import grpo_overhead, nft_overhead
+from benchmarks.workload import SIZES, Size
+
+BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
+    "rollout": rollout_overhead,
+    "update_flow_grpo": grpo_overhead,
+    "update_diffusion_nft": nft_overhead,
+    "fk_steering": fk_overhead,
+    "noise": noise_cost,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what was named, or everything."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    reports: list[Report] = []
+    for name in options.names or BENCHMARKS:
+        report = measure(BENCHMARKS[name](SIZES[options.size]), options.repeats)
+        report.write(options.output)
+        reports.append(report)
+        Console().print(table(reports))
+    return 0
+
+
+def table(reports: Sequence[Report]) -> Table:
+    """One row per benchmark."""
+    columns = ("name", "ratio", "quartiles", "cpu ratio", "bound", "within", "program s", "floor s", "peak MB", "pairs")
+    rows = Table(*columns, box=None, header_style="bold")
+    for report in reports:
+        low, high = report.ratio_quartiles
+        rows.add_row(
+            report.name,
+            f"{report.ratio_median:.3f}",
+            f"{low:.3f} – {high:.3f}",
+            f"{report.cpu_ratio_median:.3f}",
+            "" if report.bound is None else f"{report.bound:.2f}",
+            {None: "", True: "yes", False: "NO"}[report.within],
+            f"{report.seconds['program']:.3f}",
+            f"{report.seconds['floor']:.3f}",
+            f"{report.peak_memory_mb:.0f}",
+            str(report.repeats),
+        )
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Overhead over the network's own cost.")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        choices=[[], *BENCHMARKS],
+        metavar="NAME",
+        help=f"some of {', '.join(BENCHMARKS)}; all by default",
+    )
+    parser.add_argument("--repeats", type=_positive, default=15, help="pairs of floor and program (default 15)")
+    parser.add_argument("--threads", type=_positive, default=1, help="of PyTorch (default 1)")
+    parser.add_argument("--size", choices=list(SIZES), default="full", help="tiny only shows that everything runs")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="directory of results")
+    return parser
+
+
+def _known(text: str) -> str:
+    if text not in BENCHMARKS:
+        raise argparse.ArgumentTypeError(f"there is no benchmark {text!r}; there are {', '.join(BENCHMARKS)}")
+    return text
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,112 @@
+"""Tiny trainings on a mixture that the tests of the loop share."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from difftilt.leaves import load
+from difftilt.recipes.parts import config_of
+from difftilt.sampling.protocol import Edges
+from difftilt.testbeds.mixtures import Config as MixturesConfig
+from difftilt.testbeds.mixtures import Mixtures
+from difftilt.training.config import OptimizerConfig, TrainingConfig
+from difftilt.training.experience import Experience
+from difftilt.training.loop import Loop, TrainResult, assemble, train_task
+from difftilt.training.protocol import Method, Task
+from difftilt.training.world import World
+
+METHODS = ("flow-grpo", "diffusion-nft")
+STILL = OptimizerConfig(lr=1e-30, weight_decay=0.0, max_grad_norm=1e30)
+"""Neither clips nor moves anything that can be seen."""
+
+
+def make_task(classes: int = 4, moved: bool = True) -> Task:
+    """Four steps, eight hidden units; every weight moved at random, so that a gradient reaches all of them."""
+    task = Mixtures(MixturesConfig(classes=classes, steps=4, hidden=8)).task()
+    generator = torch.Generator().manual_seed(0)
+    network = task.model.network
+    assert isinstance(network, nn.Module)
+    with torch.no_grad():
+        for parameter in network.parameters() if moved else ():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return task
+
+
+def make_method(name: str, task: Task, **settings: Any) -> Method:
+    size: dict[str, Any] = {"groups": 4, "group_size": 4, **settings}
+    entry = load("methods", name)
+    return entry(config_of(entry)(**size), task)
+
+
+def make_config(**settings: Any) -> TrainingConfig:
+    small: dict[str, Any] = {"iterations": 3, "forward_batch": 8, "evaluate_every": 2, "evaluation_samples": 8}
+    return TrainingConfig(**{**small, "checkpoint_every": 2, "optimizer": OptimizerConfig(lr=1e-2), **settings})
+
+
+def make_loop(method: Method, task: Task, **settings: Any) -> Loop:
+    """At its first iteration, without a directory; the optimiser stands still unless one is given."""
+    config = make_config(**{"optimizer": STILL, **settings})
+    loop = assemble(task, method, config, None, ("ratio_one",), (), World())
+    loop.run.begin(0)
+    return loop
+
+
+def train(name: str, directory: Path | None, *, resume: bool = False, **settings: Any) -> TrainResult:
+    """A whole run; settings that start with ``method_`` go to the method."""
+    own = {key[7:]: value for key, value in settings.items() if key.startswith("method_")}
+    rest = {key: value for key, value in settings.items() if not key.startswith("method_")}
+    task = make_task()
+    return train_task(task, make_method(name, task, **own), make_config(**rest), directory, resume=resume)
+
+
+def steady(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Rows without what the clock decides."""
+    return [
+        {key: row[key] for key in row if not key.startswith("time/") and key != "samples_per_second"} for row in rows
+    ]
+
+
+def gradient(loop: Loop) -> Tensor:
+    """Of role ``current`` after an update, flattened."""
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in loop.run.roles.parameters("current")]
+    return torch.cat([grad.reshape(-1) for grad in grads]).double()
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / one.norm())
+
+
+def make_experience(samples: int = 12, steps: int = 3, size: int = 4) -> Experience:
+    """Hand-made: sample i of group i // size has one edge per step, ordered by step; ``number`` names the edge."""
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.arange(samples).repeat(steps)
+    step = torch.arange(steps).repeat_interleave(samples)
+    number = torch.arange(samples * steps)
+    edges = Edges(
+        sample=sample,
+        step=step,
+        t=0.9 - 0.2 * step,
+        x_t=torch.randn(samples * steps, 2, generator=generator),
+        x_s=torch.randn(samples * steps, 2, generator=generator),
+        parent=torch.where(step > 0, number - samples, -1),
+        extras={"number": number},
+    )
+    index = torch.arange(samples)
+    return Experience(
+        index=index,
+        group=index // size,
+        prompt=torch.zeros_like(index),
+        condition=torch.zeros_like(index),
+        x_0=torch.randn(samples, 2, generator=generator),
+        rewards=torch.randn(samples, generator=generator),
+        components={"one": index.float()},
+        edges=edges,
+    )
+
+
+def with_edges(experience: Experience, change: Callable[[Edges], Edges]) -> Experience:
+    return replace(experience, edges=change(experience.edges))
