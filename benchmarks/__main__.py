@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = measure(BENCHMARKS[name](SIZES[options.size]), options.repeats)
         report.write(options.output)
         reports.append(report)
-        Console().print(table(reports))
+    Console(width=120).print(table(reports))
     return 0
 
 
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "names",
         nargs="*",
-        choices=[[], *BENCHMARKS],
+        type=_known,
         metavar="NAME",
         help=f"some of {', '.join(BENCHMARKS)}; all by default",
     )

@@ -1,9 +1,11 @@
 """Updates: one phase of an iteration over the passes that its ledger counts."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.paired import Subject
 from benchmarks.workload import Size, forwards, gradient_passes, make_inputs, make_task, shapes_of
@@ -18,18 +20,23 @@ from difftilt.training.loop import Loop, assemble
 from difftilt.training.protocol import Method, Task
 from difftilt.training.world import World
 
+STEPS = 3
+"""Of the rollout, two of them trained: twice the batch in rows, so that every network call is full."""
+
 STILL = OptimizerConfig(lr=1e-8)
 """Steps too small to take the network anywhere in the course of a benchmark."""
 
 
 def grpo_overhead(size: Size) -> Subject:
     """Flow-GRPO as it is by default: clipped surrogate, exact KL to the reference, two optimiser steps."""
+    size = replace(size, steps=STEPS)
     task, method = _method(GRPOConfig, FlowGRPO, size)
     return _update("update_flow_grpo", task, method, size, GRPOConfig().updates)
 
 
 def nft_overhead(size: Size) -> Subject:
     """DiffusionNFT while behaviour = current: one forward pass serves both, the reference needs the other."""
+    size = replace(size, steps=STEPS)
     task, method = _method(NFTConfig, DiffusionNFT, size, behaviour_decay=0)
     subject = _update("update_diffusion_nft", task, method, size, NFTConfig().updates)
     # two forwards per row, not three: one with gradient, and one of the reference
@@ -52,10 +59,9 @@ def _update(name: str, task: Task, method: Method, size: Size, updates: int) -> 
         experience = method.collect(loop.run)
     scored = loop.run.reward_seconds
     sampled = time.perf_counter() - began - scored
-    cost = _once(loop, experience)
-    passes, rest = divmod(cost.gradient_passes, size.batch)
-    plain, odd = divmod(cost.nfe, size.batch)
-    assert rest == odd == 0, "the rows must fill the network calls, or the floor is not what the ledger counts"
+    cost, calls = _counted(loop, experience)
+    passes, plain = cost.gradient_passes // size.batch, cost.nfe // size.batch
+    assert calls == passes + plain, "the rows must fill every network call: filling is no overhead of the update"
     network, inputs = loop.run.roles.module("current"), make_inputs(size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=STILL.lr)
     taken: list[float] = []
@@ -85,6 +91,20 @@ def _update(name: str, task: Task, method: Method, size: Size, updates: int) -> 
         phases={"update": taken},
         once={"rollout": sampled, "reward": scored},
     )
+
+
+def _counted(loop: Loop, experience: Experience) -> tuple[Ledger, int]:
+    """One update: what its ledger says, and how often a network of any role was called."""
+    calls = [0]
+
+    def count(module: nn.Module, given: object, output: object) -> None:
+        calls[0] += 1
+
+    hooks = [loop.run.roles.module(role).register_forward_hook(count) for role in loop.run.roles.names]
+    cost = _once(loop, experience)
+    for hook in hooks:
+        hook.remove()
+    return cost, calls[0]
 
 
 def _once(loop: Loop, experience: Experience) -> Ledger:

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from training_runs import make_experience
 
 from difftilt.training.experience import Experience, join_experience
 from difftilt.trees import take
+from training_runs import make_experience
 
 
 def paired(samples: int = 6, steps: int = 2) -> Experience:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_runs import METHODS, make_config, make_experience, make_loop, make_method, make_task, steady, train
 
 from difftilt.errors import RewardError, UserError
 from difftilt.models.protocol import RoleSpec, Trained
@@ -23,6 +22,7 @@ from difftilt.training.experience import Experience
 from difftilt.training.logs import read_rows
 from difftilt.training.loop import train_task
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
+from training_runs import METHODS, make_config, make_experience, make_loop, make_method, make_task, steady, train
 
 ALWAYS = {
     "iteration",
@@ -63,7 +63,7 @@ def test_a_run_writes_what_is_documented(name: str, tmp_path: Path) -> None:
     task = make_task()
     method = make_method(name, task, ema=0)
     hook = [lambda row, verdicts: seen.append(row["iteration"])]
-    result = train_task(task, method, make_config(), tmp_path / "run", laws=("ratio_one",), hooks=hook)
+    result = train_task(task, method, make_config(evaluate_every=2), tmp_path / "run", laws=("ratio_one",), hooks=hook)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert seen == [row["iteration"] for row in rows] == [0, 1, 2]
     assert all(row.keys() >= ALWAYS for row in rows)
@@ -87,23 +87,19 @@ def test_a_run_writes_what_is_documented(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("begun", [2, 3])
-def test_a_resumed_run_equals_an_uninterrupted_one(name: str, begun: int, tmp_path: Path) -> None:
-    more: dict[str, Any] = {"method_advantage": "history", "method_history": 16} if name == "flow-grpo" else {}
-    train(name, tmp_path / "whole", iterations=5, **more)
-    train(name, tmp_path / "parts", iterations=begun, evaluate_every=2, **more)
+def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"evaluate_every": 2}
+    if name == "flow-grpo":
+        more |= {"method_advantage": "history", "method_history": 16}
+    train(name, tmp_path / "whole", iterations=4, **more)
+    train(name, tmp_path / "parts", iterations=2, **more)
     # what a kill leaves behind the newest checkpoint
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"iteration": begun, "reward_mean": 9.9}) + '\n{"iterat')
+        file.write(json.dumps({"iteration": 2, "reward_mean": 9.9}) + '\n{"iterat')
     torch.rand(3)
-    resumed = train(name, tmp_path / "parts", iterations=5, resume=True, **more)
-    if begun == 3:  # its third iteration was the last, and so was evaluated: the other run did not do that
-        rows = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
-        row = {key: value for key, value in json.loads(rows[2]).items() if not key.startswith("heldout/")}
-        rows[2] = json.dumps(row)
-        (tmp_path / "parts" / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    resumed = train(name, tmp_path / "parts", iterations=4, resume=True, **more)
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
-    assert len(resumed.rows) == 5
+    assert len(resumed.rows) == 4
     assert (tmp_path / "whole" / "before.json").read_text() == (tmp_path / "parts" / "before.json").read_text()
 
 
@@ -166,8 +162,8 @@ class Failing:
 
 
 def test_a_reward_that_fails_leaves_a_run_that_can_be_resumed(tmp_path: Path) -> None:
-    # calls: before, iterations 0 and 1, evaluation, iteration 2
-    task = replace(make_task(), reward=as_reward(Failing(5), name="failing"))
+    # calls: before, iterations 0, 1 and 2
+    task = replace(make_task(), reward=as_reward(Failing(4), name="failing"))
     with pytest.raises(RewardError, match="failing"):
         train_task(task, make_method("flow-grpo", task), make_config(), tmp_path / "parts")
     whole = replace(make_task(), reward=as_reward(Failing(-1), name="failing"))

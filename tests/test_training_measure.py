@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from training_runs import make_loop, make_method, make_task
 
 from difftilt.models.ledger import Ledger
 from difftilt.rewards.base import as_reward
@@ -17,6 +16,7 @@ from difftilt.training.loop import Loop
 from difftilt.training.measure import drift_of, measure, quick_drift
 from difftilt.training.pictures import save_picture
 from difftilt.training.protocol import Task
+from training_runs import make_loop, make_method, make_task
 
 
 def loop_of(task: Task) -> Loop:
@@ -118,20 +118,19 @@ def test_drift_is_measured_without_guidance_on_a_grid_of_its_own() -> None:
     assert torch.equal(*drifts)
     grid = torch.linspace(1, 0, 21, dtype=torch.float64)
     with torch.no_grad():
-        denoisers = [loop.run.denoiser(role, 1.0) for role in ("current", "reference")]
-        direct = path_kl(*denoisers, x_0, batch.condition, grid, Noise(0), batch.index)
+        current, reference = loop.run.denoiser("current", 1.0), loop.run.denoiser("reference", 1.0)
+        direct = path_kl(current, reference, x_0, batch.condition, grid, Noise(0), batch.index)
     assert torch.allclose(drifts[0], direct, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (5, 1), (5, 1, 8, 8), (5, 3, 8, 6), (5, 4, 8, 8), (3, 2, 3, 4, 4)])
 def test_pictures_of_every_kind_of_medium(shape: tuple[int, ...], tmp_path: Path) -> None:
     media = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    prompts = [""] * shape[0]
-    path = save_picture(tmp_path / "samples", "step_0", Samples(media, prompts, prompts, torch.arange(shape[0])))
+    path = save_picture(tmp_path / "samples", "step_0", media)
     with Image.open(path) as image:
         assert image.width > 32
 
 
 def test_tokens_are_listed(tmp_path: Path) -> None:
-    samples = Samples(torch.tensor([[1, 2], [3, 4]]), ["", ""], ["", ""], torch.arange(2))
-    assert save_picture(tmp_path, "step_0", samples).read_text() == "[[1, 2], [3, 4]]"
+    tokens = torch.tensor([[1, 2], [3, 4]])
+    assert save_picture(tmp_path, "step_0", tokens).read_text() == "[[1, 2], [3, 4]]"

@@ -2,21 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
-from training_runs import (
-    METHODS,
-    gradient,
-    make_experience,
-    make_loop,
-    make_method,
-    make_task,
-    relative,
-    with_edges,
-)
 
 from difftilt.errors import GuardError
 from difftilt.models.protocol import Lagging, RoleSpec, Trained
@@ -27,6 +18,16 @@ from difftilt.training.base import MethodBase
 from difftilt.training.experience import Experience
 from difftilt.training.loop import Loop
 from difftilt.training.protocol import Loss, Phase, Run, Term
+from training_runs import (
+    METHODS,
+    gradient,
+    make_experience,
+    make_loop,
+    make_method,
+    make_task,
+    relative,
+    with_edges,
+)
 
 NOISE = Noise(5)
 STEP = 1e-2
@@ -157,9 +158,9 @@ def test_updates_part_the_edges_exactly_once(unit: Literal["edge", "sample", "gr
     updates, pieces = updates_seen(unit, make_experience(), epochs=2)
     assert [len(part) for part in updates] == [12] * 6
     for epoch in (updates[:3], updates[3:]):
-        assert sorted(sum(epoch, start=[])) == list(range(36))
+        assert sorted(chain(*epoch)) == list(range(36))
     assert sorted(map(sorted, updates[:3])) != sorted(map(sorted, updates[3:])) or unit == "group"
-    assert sorted(sum(pieces, start=[])) == sorted(sum(updates, start=[]))
+    assert sorted(chain(*pieces)) == sorted(chain(*updates))
 
 
 @pytest.mark.parametrize("unit", ["edge", "sample", "group"])

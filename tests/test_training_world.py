@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from training_runs import METHODS, relative, steady
-from two_processes import main
 
 from difftilt.errors import UserError
 from difftilt.training.logs import read_rows
 from difftilt.training.world import World
+from training_runs import METHODS, relative, steady
+from two_processes import main
 
 Found = dict[str, Tensor]
 

@@ -43,8 +43,9 @@ def make_method(name: str, task: Task, **settings: Any) -> Method:
 
 
 def make_config(**settings: Any) -> TrainingConfig:
-    small: dict[str, Any] = {"iterations": 3, "forward_batch": 8, "evaluate_every": 2, "evaluation_samples": 8}
-    return TrainingConfig(**{**small, "checkpoint_every": 2, "optimizer": OptimizerConfig(lr=1e-2), **settings})
+    small: dict[str, Any] = {"iterations": 3, "forward_batch": 8, "evaluate_every": 0, "evaluation_samples": 8}
+    small |= {"checkpoint_every": 2, "optimizer": OptimizerConfig(lr=1e-2), **settings}
+    return TrainingConfig(**small)
 
 
 def make_loop(method: Method, task: Task, **settings: Any) -> Loop:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from torch import nn
+
 from difftilt.checks.collect import collect, run
 from difftilt.checks.proof import Result
 from difftilt.models.denoiser import denoiser
@@ -15,7 +17,7 @@ from difftilt.recipes.schema import Recipe, load_recipe
 from difftilt.recipes.steered import SteerResult
 from difftilt.rewards import as_reward
 from difftilt.sampling.noise import Noise
-from difftilt.steering.protocol import Steerer
+from difftilt.steering.protocol import Progress, Steerer
 from difftilt.training.loop import Hook, TrainResult, train_task
 from difftilt.training.protocol import Method
 from difftilt.training.world import join_world
@@ -60,13 +62,20 @@ def train(
 
 
 def steer(
-    recipe: RecipeLike, output: str | Path | None = None, *, overrides: Sequence[str] = (), **settings: object
+    recipe: RecipeLike,
+    output: str | Path | None = None,
+    *,
+    progress: Progress | None = None,
+    overrides: Sequence[str] = (),
+    **settings: object,
 ) -> SteerResult:
     """Sample with a steerer; the weights stay as they are.
 
     Args:
         recipe: what to run.
-        output: new directory for ``config.yaml``, ``result.json`` and ``samples.safetensors``; None writes nothing.
+        output: new directory for ``config.yaml``, ``result.json``, ``samples.safetensors`` and a picture; None writes
+            nothing.
+        progress: called after every step with its number, the number of steps and the effective sample sizes.
         overrides: ``dotted.key=value``, as on the command line.
         settings: the same by keyword: ``seed``, or ``**{"steering.prompts": ["bold three"]}``.
     """
@@ -77,9 +86,11 @@ def steer(
     task = build_task(typed)
     steerer = cast(Steerer, part.build(task))
     prompts = list(task.heldout_prompts if typed.steering.prompts is None else typed.steering.prompts)
+    if isinstance(task.model.network, nn.Module):
+        task.model.network.to(typed.steering.device)
     model = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=typed.steering.forward_batch)
     noise = Noise(typed.steering.seed)
-    result = SteerResult(prompts, steerer.steer(task, model, as_reward(task.reward), prompts, noise))
+    result = SteerResult(prompts, steerer.steer(task, model, as_reward(task.reward), prompts, noise, progress=progress))
     if output is not None:
         result.save(typed.to_yaml(), Path(output))
     return result

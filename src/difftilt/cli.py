@@ -9,13 +9,18 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
 
 from difftilt import __version__
 from difftilt.errors import GuardError, RewardError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from difftilt.checks.proof import Result
 
 app = typer.Typer(
     name="difftilt",
@@ -104,7 +109,7 @@ def steer(
     if output is None and not as_json:
         raise UserError("steer: say where the samples go with --output DIR, or ask for a summary with --json")
     chosen = _shortcuts(seed=seed, **{"steering.prompts": list(prompts) if prompts else None})
-    report = api.steer(recipe, output, overrides=[*(overrides or []), *chosen]).summary()
+    report = api.steer(recipe, output, progress=_steps, overrides=[*(overrides or []), *chosen]).summary()
     _print_json(report) if as_json else _print(tables.steer_report(report))
 
 
@@ -161,7 +166,7 @@ def check(
     if file is not None and not file.parent.is_dir():
         raise UserError(f"--json {file}: there is no directory {file.parent}")
     proofs = collect(names or (), quick=quick)
-    results = list(run(proofs))
+    results = [_told(result, len(proofs), place) for place, result in enumerate(run(proofs), start=1)]
     if file is not None:
         file.write_text(json.dumps(tables.result_objects(results), indent=2) + "\n", encoding="utf-8")
     _print(tables.check_table(results))
@@ -170,12 +175,29 @@ def check(
     raise typer.Exit(1 if failed else 0)
 
 
+def _told(result: "Result", count: int, place: int) -> "Result":
+    """The result, after one line on stderr: a long check shows where it is."""
+    verdict = "" if result.passed else "  FAILED"
+    _line(f"{place}/{count}  {result.name}: {result.claim[:90]}{verdict}")
+    return result
+
+
+def _steps(step: int, steps: int, ess: "Tensor | None") -> None:
+    """One line per step of a steerer on stderr."""
+    _line(f"step {step}/{steps}" + ("" if ess is None else f"  effective sample size {float(ess.mean()):.1f}"))
+
+
+def _line(text: str) -> None:
+    """A line on stderr; on a terminal the next one overwrites it."""
+    sys.stderr.write(f"\x1b[2K{text}\r" if sys.stderr.isatty() else f"{text}\n")
+    sys.stderr.flush()
+
+
 def _progress(row: Mapping[str, float], verdicts: Sequence[object]) -> None:
     """One line per iteration on stderr; on a terminal it is overwritten."""
     shown = {"reward_mean": "reward", "kl_reference": "kl", "diversity": "diversity", "grad_norm": "grad"}
     parts = [f"{label} {row[name]:.4g}" for name, label in shown.items() if name in row]
-    end = "\r" if sys.stderr.isatty() else "\n"
-    sys.stderr.write(f"iteration {int(row['iteration']) + 1}  {'  '.join(parts)}{end}")
+    _line(f"iteration {int(row['iteration']) + 1}  {'  '.join(parts)}")
 
 
 def _shortcuts(**values: object) -> list[str]:

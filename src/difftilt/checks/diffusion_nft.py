@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -110,7 +111,7 @@ def reward_gap() -> float:
 def hacked(kl_weight: float) -> tuple[float, float]:
     """(mean reward, share of samples on a mode) after training on the unbounded reward x_1 on the ring."""
     bed = MixturesConfig(radius=1.0, std=0.1, reward="linear", steps=10, shift=1.0)
-    settings = {"groups": 8, "group_size": 32, "updates": 8, "ema": 0.0, "behaviour_decay": 1}
+    settings: dict[str, Any] = {"groups": 8, "group_size": 32, "updates": 8, "ema": 0.0, "behaviour_decay": 1}
     result = trained("diffusion-nft", Mixtures(bed).task(), 60, 1e-3, kl_weight=kl_weight, **settings)
     return result.after["reward"], result.after["on_mode"]
 
@@ -123,7 +124,7 @@ def smallest_step_of_the_trade() -> float:
 
 def ring_reward() -> float:
     """Mean -|x - (2, 0)| of samples after 60 iterations on the ring with anchor 0.1; -2.49 before."""
-    settings = {"groups": 8, "group_size": 16, "updates": 8, "ema": 0.0, "kl_weight": 0.1}
+    settings: dict[str, Any] = {"groups": 8, "group_size": 16, "updates": 8, "ema": 0.0, "kl_weight": 0.1}
     return trained("diffusion-nft", Mixtures(MixturesConfig()).task(), 60, 1e-3, **settings).after["reward"]
 
 

@@ -1,6 +1,7 @@
 """Flow-GRPO on mixtures: it climbs, and its KL weight is the temperature of a closed-form tilt."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,10 @@ STEPS, SHIFT, NOISE = 10, 3.0, 0.7
 WIDTH = 0.5
 
 
-def ring_reward(kl_weight: float = 0.0, **settings: object) -> float:
+def ring_reward(kl_weight: float = 0.0, **settings: Any) -> float:
     """Mean -|x - (2, 0)| of the SDE's samples after 60 iterations on the ring; -2.49 before."""
     task = Mixtures(MixturesConfig(steps=STEPS, shift=SHIFT)).task()
-    common = {"groups": 8, "group_size": 16, "clip_range": 0.2, "updates": 1, "ema": 0.0}
+    common: dict[str, Any] = {"groups": 8, "group_size": 16, "clip_range": 0.2, "updates": 1, "ema": 0.0}
     result = trained("flow-grpo", task, 60, 1e-3, kl_weight=kl_weight, **common, **settings)
     return sum(row["reward_mean"] for row in result.rows[-5:]) / 5
 
@@ -55,7 +56,14 @@ def shift_ratio(temperature: float) -> float:
     trained; so does the measurement, which adds up the pushes of the trained steps.
     """
     bed = MixturesConfig(means=((0.0,),), std=WIDTH, reward="linear", steps=STEPS, shift=SHIFT, noise_level=NOISE)
-    settings = {"groups": 1, "group_size": 256, "updates": 1, "ema": 0.0, "advantage_std": "none", "kl": "exact"}
+    settings: dict[str, Any] = {
+        "groups": 1,
+        "group_size": 256,
+        "updates": 1,
+        "ema": 0.0,
+        "advantage_std": "none",
+        "kl": "exact",
+    }
     result = trained("flow-grpo", Mixtures(bed).task(), 120, 2e-3, kl_weight=temperature, **settings)
     gains, stds = closed_chain()
     pushes = _pushes(result.run)

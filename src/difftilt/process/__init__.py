@@ -4,16 +4,14 @@ from difftilt.process.gaussian import (
     GaussianPrediction,
     GaussianProcess,
     RectifiedFlow,
-)
-from difftilt.process.grid import shifted, timestep_grid, uniform_grid
-from difftilt.process.masked import MaskedProcess, TokenPrediction
-from difftilt.process.protocol import Condition, Prediction, PredictionKind, Process
-from difftilt.process.variance_preserving import (
     VariancePreserving,
     cosine_schedule,
     linear_schedule,
     scaled_linear_schedule,
 )
+from difftilt.process.grid import shifted, timestep_grid, uniform_grid
+from difftilt.process.masked import MaskedProcess, TokenPrediction
+from difftilt.process.protocol import Condition, Prediction, PredictionKind, Process
 
 __all__ = [
     "Condition",

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difftilt.process.variance_preserving import VariancePreserving
+from difftilt.process.gaussian import VariancePreserving
 
 
 def shifted(t: Float[Tensor, " times"], shift: float) -> Float[Tensor, " times"]:

@@ -22,8 +22,8 @@ class SteeringConfig(Config):
     """Fixes every draw of the run."""
     prompts: tuple[str, ...] | None = None
     """What to sample for; null takes the held-out prompts of the testbed."""
-    forward_batch: int = Field(default=64, ge=1)
-    """Rows of every network call: shorter batches are padded, longer ones are split."""
+    forward_batch: int = Field(default=64, ge=4, multiple_of=4)
+    """Rows of every network call: shorter batches are padded, longer ones are split. A multiple of 4, as in training."""
     device: str = "cpu"
     """Torch device of the network."""
 

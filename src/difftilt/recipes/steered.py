@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from difftilt.steering.protocol import Steered
+from difftilt.training.pictures import save_picture
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class SteerResult:
         return {"prompts": _rows(self.steered, self.prompts), "ledger": asdict(self.steered.ledger)}
 
     def save(self, config: str, output: Path) -> None:
-        """Write config, ``result.json`` and ``samples.safetensors``; the directory appears whole or not at all.
+        """Write config, ``result.json``, ``samples.safetensors`` and a picture; the directory appears whole or not at all.
 
         Args:
             config: text of the resolved recipe.
@@ -43,6 +44,7 @@ class SteerResult:
             (staging / "config.yaml").write_text(config, encoding="utf-8")
             (staging / "result.json").write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
             save_file(_tensors(self.steered), staging / "samples.safetensors")
+            save_picture(staging, "samples", self.steered.media)
             staging.replace(output)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

@@ -32,7 +32,8 @@ def random_start(noise: NoiseSource, low: int, high: int, width: int) -> int:
     count = high - width - low + 1
     if count < 1:
         raise UserError(
-            f"a window of {width} steps does not fit into steps {low} to {high - 1}: make it narrower, or take more steps"
+            f"a window of {width} steps does not fit into steps {low} to {high - 1}: make it narrower, or take "
+            "more steps"
         )
     uniform = noise.uniform(torch.zeros(1, dtype=torch.int64), (1,), purpose="window")
     return low + min(int(float(uniform) * count), count - 1)

@@ -119,7 +119,7 @@ class Loop:
         count = self.config.evaluation_samples
         measured = measure(self.run, self.method.evaluated_role, sampler, count, self.config.seed)
         if self.writes is not None:
-            save_picture(self.writes / "samples", f"step_{step}", measured.samples)
+            save_picture(self.writes / "samples", f"step_{step}", measured.samples.media)
         return measured
 
     def save(self, step: int) -> None:

@@ -10,15 +10,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from difftilt.rewards.protocol import Samples
-
 SHOWN = 64
 
 
-def save_picture(directory: Path, name: str, samples: Samples) -> Path:
+def save_picture(directory: Path, name: str, media: Tensor) -> Path:
     """A grid of images, a scatter plot of other floats, or a list of tokens as JSON; returns the file written."""
     directory.mkdir(parents=True, exist_ok=True)
-    media = samples.media.detach().cpu()
+    media = media.detach().cpu()
     if not media.is_floating_point():
         path = directory / f"{name}.json"
         path.write_text(json.dumps(media[:SHOWN].tolist()))
