@@ -23,10 +23,10 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 proofs: $(STAMP)
-	$(BIN)/pytest -m long
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m long
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks

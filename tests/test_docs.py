@@ -1,4 +1,4 @@
-"""The pages are true: recipes are typed, commands parse, tables name every field, metrics are described, links lead on."""
+"""The pages are true: recipes run, commands parse, tables name every field, metrics are described, links lead on."""
 
 import ast
 import json
@@ -53,7 +53,7 @@ def defaults(config_class: type[Config], prefix: str = "") -> dict[str, Any]:
 
 
 def table(page: Path) -> dict[str, Any]:
-    """First and second cell of every row whose first cell is one word in code; the second read as JSON, else as text."""
+    """First and second cell of every row that begins with one word in code; the second read as JSON, else as text."""
     rows = re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", page.read_text(), re.M)
     return {name: value(cell.strip().strip("`")) for name, cell in rows}
 

@@ -189,6 +189,18 @@ def test_normalised_rewards_do_not_let_the_widest_one_rule() -> None:
     assert float(correlation) > float(ruled) + 0.2
 
 
+def test_a_weight_for_an_unknown_component_is_refused() -> None:
+    with pytest.raises(UserError, match="distance"):
+        collected({"aggregation": "sum", "component_weights": {"distanse": 1.0}})
+
+
+def test_flash_follows_a_window_to_the_end_of_the_grid() -> None:
+    window = Window(width=2, motion="sliding", every=1)
+    result = trained("flow-grpo", task(), 9, 1e-3, count=32, window=window, flash_steps=3, **SMALL)
+    rollouts = [row["nfe"] - row["gradient_passes"] for row in result.rows]
+    assert rollouts == [16 * (start + 2 + min(3, 10 - start - 2)) for start in (0, 1, 2, 3, 4, 5, 6, 7, 0)]
+
+
 def test_zero_kl_weight_has_no_kl_term_and_a_larger_one_pulls_back() -> None:
     free = trained("flow-grpo", task(), 8, 3e-3, count=32, kl_weight=0.0, ema=0.0, **SMALL)
     held = trained("flow-grpo", task(), 8, 3e-3, count=32, kl_weight=100.0, ema=0.0, **SMALL)
@@ -214,6 +226,10 @@ def test_the_guarded_gradient_divides_by_the_length_of_the_step() -> None:
         ({"best_worst": 3}, "even"),
         ({"best_worst": 8}, "group_size"),
         ({"window": {"width": 11}}, "window"),
+        ({"window": {"width": 2}, "flash_steps": 2, "output": "x0"}, "output"),
+        ({"objective": "guard", "kernel": "cps"}, "flow_sde"),
+        ({"aggregation": "sum", "advantage": "history"}, "method.advantage"),
+        ({"component_weights": {"distance": 2.0}}, "method.aggregation"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_remedy(settings: dict[str, Any], message: str) -> None:

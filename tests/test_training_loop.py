@@ -184,7 +184,8 @@ def test_running_statistics_of_a_reward_move_once_per_iteration_and_are_resumed(
     def run(directory: Path, iterations: int, resume: bool = False) -> WeightedSum:
         task = running_task()
         method = make_method("flow-grpo", task)
-        train_task(task, method, make_config(iterations=iterations), directory, resume=resume)
+        config = make_config(iterations=iterations, evaluate_every=2)
+        train_task(task, method, config, directory, resume=resume)
         assert isinstance(task.reward, WeightedSum)
         return task.reward
 
@@ -218,7 +219,8 @@ class TwoRoles(MethodBase):
 
 def test_every_role_has_its_numbers_and_its_optimiser_and_is_resumed(tmp_path: Path) -> None:
     def run(directory: Path, iterations: int, resume: bool = False) -> None:
-        train_task(make_task(), TwoRoles(), make_config(iterations=iterations), directory, resume=resume)
+        config = make_config(iterations=iterations, evaluate_every=2)
+        train_task(make_task(), TwoRoles(), config, directory, resume=resume)
 
     run(tmp_path / "whole", 4)
     run(tmp_path / "parts", 2)

@@ -43,7 +43,7 @@ def make_method(name: str, task: Task, **settings: Any) -> Method:
 
 
 def make_config(**settings: Any) -> TrainingConfig:
-    small: dict[str, Any] = {"iterations": 3, "forward_batch": 8, "evaluate_every": 0, "evaluation_samples": 8}
+    small: dict[str, Any] = {"iterations": 3, "forward_batch": 16, "evaluate_every": 0, "evaluation_samples": 8}
     small |= {"checkpoint_every": 2, "optimizer": OptimizerConfig(lr=1e-2), **settings}
     return TrainingConfig(**small)
 

@@ -1,1 +1,5 @@
-"""Measuring a model on a task: reward, drift and diversity side by side."""
+"""Comparing methods at equal cost. Empty as yet.
+
+Last but for checks and commands, for it runs whole trainings. How one model is measured (reward, drift and diversity
+side by side, at fixed prompts and noise) is ``training.measure``, and ``difftilt evaluate`` shows it.
+"""

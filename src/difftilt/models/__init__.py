@@ -1,4 +1,13 @@
-"""Denoisers and their weights: closed-form and small networks, guidance, roles, saving."""
+"""Denoisers and their weights: closed-form and small networks, guidance, roles, saving.
+
+A network maps (x_t, t, condition) to a raw output; ``NetworkDenoiser`` adds its process, guidance, the ledger and one
+padded forward shape; ``CopiedRoles`` keeps the weights apart by what they are for. To add a network, write a file with
+a ``CARD`` whose weights come from a generator of its own, and say in ``GenerativeModel`` what its output means.
+
+Traps: the network must treat rows independently (no batch norm), or the first ratio is not 1. It sees exactly
+``forward_batch`` rows at a time; multiples of 4 are bit-stable on CPU. State of one trajectory goes into the condition
+as ``Stateful``, never onto the module. ``reference`` is the network as training began, not as it was downloaded.
+"""
 
 from difftilt.models.denoiser import NetworkDenoiser, denoiser
 from difftilt.models.dit import DiT

@@ -1,4 +1,12 @@
-"""Losses as pure functions, one row in and one row out, each with its equation."""
+"""Losses as pure functions, one row in and one row out, each with its equation.
+
+Between credit and the loop: a method chooses one, the loop takes the mean over all rows of an update. They are apart
+from methods because most methods share them. To add one, write a function of log-probabilities or predictions that
+returns a value per row, and hold its gradient to the formula in a proof.
+
+Traps: never return a mean, the loop refuses it. A published weight belongs to one reduction over dimensions and to one
+of four numbers called KL (``KLMode``). References and old policies are detached inside the function.
+"""
 
 from difftilt.objectives.kl import KLMode, exact_kl, flow_grpo_kl, mean_gap, sde_kl, step_kl, velocity_gap
 from difftilt.objectives.nft import NFTLoss, NFTSpace, nft_loss

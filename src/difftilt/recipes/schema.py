@@ -23,7 +23,7 @@ class SteeringConfig(Config):
     prompts: tuple[str, ...] | None = None
     """What to sample for; null takes the held-out prompts of the testbed."""
     forward_batch: int = Field(default=64, ge=4, multiple_of=4)
-    """Rows of every network call: shorter batches are padded, longer ones are split. A multiple of 4, as in training."""
+    """Rows of every network call: shorter batches are padded, longer ones are split. A multiple of 4."""
     device: str = "cpu"
     """Torch device of the network."""
 

@@ -32,7 +32,7 @@ class SteerResult:
         return {"prompts": _rows(self.steered, self.prompts), "ledger": asdict(self.steered.ledger)}
 
     def save(self, config: str, output: Path) -> None:
-        """Write config, ``result.json``, ``samples.safetensors`` and a picture; the directory appears whole or not at all.
+        """Write config, summary, samples and a picture; the directory appears whole or not at all.
 
         Args:
             config: text of the resolved recipe.

@@ -1,4 +1,12 @@
-"""Scores of decoded samples. One file per family; knows nothing of training."""
+"""Scores of decoded samples, higher is better. One file per family; knows nothing of training.
+
+A reward sees ``Samples`` (media, prompts, metadata), not latents; it declares what it can do, so that a method it
+cannot serve is refused before any work. ``evaluate`` is the one place that calls it, counts the calls and checks the
+scores. To add one, write a file with a ``CARD``, or hand any function of samples to ``as_reward``.
+
+Traps: a NaN, a missing sample or a wrong shape raises ``RewardError``; a failure is never read as 0. A set reward
+returns one number per group, in order of group index. ``WeightedSum`` logs every component before its weight.
+"""
 
 from difftilt.rewards.base import FunctionReward, as_reward
 from difftilt.rewards.compose import Moments, WeightedSum

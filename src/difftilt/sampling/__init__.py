@@ -1,4 +1,13 @@
-"""From a prediction to samples: noise, kernels, solvers, presets, rollout, replay, path KL."""
+"""From a prediction to samples: noise, kernels, solvers, presets, rollout, replay, path KL.
+
+A kernel makes a ``Step``, which draws and scores by one formula; ``rollout`` and ``replay`` both go through it, so the
+ratio of a policy gradient begins at 1. Noise is an input, a function of (seed, iteration, purpose, index, step). A new
+kernel is a frozen dataclass called with (prediction, x_t, t, s); a preset binds it to a log-probability convention.
+
+Traps: ``std`` is of one whole step, ``g`` a rate. A deterministic step has no density, and asking for one is an error.
+Clip ranges belong to a preset's convention (mean, sum or squared error). Different draws need different purposes.
+Grids are explicit, float64, and must be the same in rollout and replay.
+"""
 
 from difftilt.sampling.drift import TIGHTEST, canonical_kernel, path_kl
 from difftilt.sampling.kernels import CPS, DDIM, DDPM, DanceSDE, Euler, FlowSDE, Unmasking, ancestral_std

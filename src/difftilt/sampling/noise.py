@@ -26,16 +26,24 @@ _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
 
 
-def _shift_xor(z: Tensor, bits: int) -> Tensor:
-    # int64 shifts are arithmetic: the mask makes them logical
-    return z ^ ((z >> bits) & ((1 << (64 - bits)) - 1))
+def _mix_(z: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """SplitMix64 finaliser, a bijection of 64-bit words with full avalanche; overwrites its argument."""
+    moved = torch.empty_like(z)
+    for bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
+        # int64 shifts are arithmetic: the mask makes them logical
+        torch.bitwise_right_shift(z, bits, out=moved).bitwise_and_((1 << (64 - bits)) - 1)
+        z.bitwise_xor_(moved)
+        if factor != 1:
+            z.mul_(factor)
+    return z
 
 
-def _mix(z: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """SplitMix64 finaliser: a bijection of 64-bit words with full avalanche."""
-    z = _shift_xor(z, 30) * _MIX_1
-    z = _shift_xor(z, 27) * _MIX_2
-    return _shift_xor(z, 31)
+def _mix_word(z: int) -> int:
+    """:func:`_mix_` of one word."""
+    for bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
+        z &= _WORD
+        z = (z ^ (z >> bits)) * factor
+    return _signed(z)
 
 
 def _word_of(text: str) -> int:
@@ -69,17 +77,16 @@ class Noise:
         return replace(self, scope=f"{self.scope}/{scope}")
 
     def _keys(self, index: Tensor, purpose: str, step: int | Tensor) -> Int[Tensor, " rows"]:
-        device = index.device
-        start = torch.tensor([_signed(self.seed)], dtype=torch.int64, device=device)
-        key = _mix(_mix(start + _GOLDEN) + _word_of(f"{self.scope}:{purpose}"))
-        key = _mix(key + _signed(self.iteration * _GOLDEN))
-        key = _mix(key + index.long() * _GOLDEN)
-        steps = step.to(device).long() if isinstance(step, Tensor) else torch.full_like(key, step)
-        return _mix(key + steps * _GOLDEN)
+        # what is the same for all rows is hashed as one Python number
+        word = _mix_word(_mix_word(self.seed + _GOLDEN) + _word_of(f"{self.scope}:{purpose}"))
+        word = _mix_word(word + self.iteration * _GOLDEN)
+        key = _mix_(index.long() * _GOLDEN + word)
+        moved = step.to(key.device).long() * _GOLDEN if isinstance(step, Tensor) else _signed(step * _GOLDEN)
+        return _mix_(key + moved)
 
     def _words(self, index: Tensor, count: int, purpose: str, step: int | Tensor) -> Int[Tensor, "rows words"]:
         counter = torch.arange(1, count + 1, dtype=torch.int64, device=index.device) * _GOLDEN
-        return _mix(self._keys(index, purpose, step)[:, None] + counter)
+        return _mix_(self._keys(index, purpose, step)[:, None] + counter)
 
     def uniform(
         self, index: Int[Tensor, " rows"], shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0
@@ -105,7 +112,10 @@ class Noise:
         words = self._words(index, (size + 1) // 2, purpose, step)
         radius = ((words >> 40) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
         angle = ((words >> 8) & 0xFFFFFF).float().mul_(2 * math.pi * 2.0**-24)
-        both = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
+        both = radius.new_empty(len(index), 2 * radius.shape[1])
+        first, second = both.chunk(2, -1)
+        torch.mul(radius, angle.cos(), out=first)
+        torch.mul(radius, angle.sin_(), out=second)
         return both[:, :size].reshape(len(index), *shape)
 
     def permutation(self, count: int, *, purpose: str, step: int = 0) -> Int[Tensor, " count"]:

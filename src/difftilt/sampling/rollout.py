@@ -237,23 +237,34 @@ class _Walk:
         rows = keep.nonzero()[:, 0].to(x_s.device)
         count = sum(len(part.step) for part in self.recorded)
         numbers = torch.arange(count, count + len(rows), device=x_s.device)
-        step = take(drawing if self.plan.score == "guided" else moment.step, rows)
-        log_prob = self.preset.log_prob(step, x_s[rows]) if scored and len(rows) else None
-        means = step.mean if self.plan.means and isinstance(step, GaussianStep) else None
+        kept = _Passage(moment.t, moment.s, front.x, x_s, drawing if self.plan.score == "guided" else moment.step)
+        if len(rows) < len(keep):
+            kept = take(kept, rows)
         if len(rows):
             edges = Edges(
                 sample=torch.zeros_like(numbers),
                 step=torch.full_like(numbers, position),
-                t=moment.t[rows],
-                s=moment.s[rows],
-                x_t=front.x[rows],
-                x_s=x_s[rows],
-                log_prob=log_prob,
-                mean=means,
+                t=kept.t,
+                s=kept.s,
+                x_t=kept.x_t,
+                x_s=kept.x_s,
+                log_prob=self.preset.log_prob(kept.step, kept.x_s) if scored else None,
+                mean=kept.step.mean if self.plan.means and isinstance(kept.step, GaussianStep) else None,
                 parent=front.last_edge[rows],
             )
             self.recorded.append(edges)
         return front.last_edge.index_copy(0, rows, numbers)
+
+
+@dataclass(frozen=True)
+class _Passage(Batched):
+    """What is recorded of one step, for all of its rows or the kept ones."""
+
+    t: Tensor
+    s: Tensor
+    x_t: Tensor
+    x_s: Tensor
+    step: Step
 
 
 def _times(

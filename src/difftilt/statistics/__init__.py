@@ -1,6 +1,11 @@
-"""Pure functions on features and samples: distances between sets, diversity, transport, segments of rows.
+"""Pure functions on features and samples: distances between sets, diversity, transport, folds over groups.
 
-Knows no model and no reward; torch in, torch out, float64 where sums are long.
+First of the rooms: it knows no model and no reward, and every other room may use it. It exists so that a test, a
+monitor and a comparison measure the same thing. To extend it, add a function of tensors with its equation and its
+source.
+
+Traps: a distance between two finite sets of one law is not 0, so compare at one number of samples. ``segment_*`` folds
+take an explicit index; a negative one belongs to no segment. Long sums run in float64.
 """
 
 from difftilt.statistics.discrete import (

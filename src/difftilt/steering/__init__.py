@@ -1,1 +1,10 @@
-"""One file per steerer, and the parts they share: particles, resampling, potentials."""
+"""One file per steerer, and the parts they share: particles, resampling, potentials, guides.
+
+Beside methods; weights stay frozen. The loop is propose, value, select, gather, over ``Particles``, which hold all
+that moves together. To add a steerer, write a file with a ``CARD`` and a ``steer`` method out of the parts of
+``particles``.
+
+Traps: log-weights are carried, in float64, where nothing is resampled. Noise belongs to the slot: copies of one parent
+must draw different noise. A deterministic kernel makes copies equal for ever. One particle is plain sampling, bit for
+bit; weighing only at the end is importance sampling: both are tests.
+"""

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from difftilt.config import Config
 from difftilt.credit.group import Aggregation, Normaliser, Scale, aggregate, best_worst, leave_one_out
 from difftilt.credit.history import History, push_and_normalise
+from difftilt.errors import UserError
 from difftilt.rewards.protocol import Scores
 from difftilt.training.experience import PromptBatch
 from difftilt.training.protocol import Run
@@ -33,7 +35,7 @@ class AdvantageConfig(Config):
     component_weights: dict[str, float] = Field(default_factory=dict[str, float])
     """Weights for ``aggregation``; a component not named counts 1."""
     advantage_clip: float = Field(default=5.0, gt=0)
-    """Bound of the absolute advantage."""
+    """Bound of the absolute advantage; a raw reward (``advantage: none``) is not bounded."""
     best_worst: int | None = Field(default=None, ge=2)
     """Train only on so many samples of a group, half the best and half the worst; None on all."""
 
@@ -48,9 +50,14 @@ class Advantages:
     def __call__(self, run: Run, scores: Scores, batch: PromptBatch) -> Float[Tensor, " samples"]:
         """Clipped advantage of each sample of this process."""
         names = sorted(scores.components)
+        strange = sorted(set(self.config.component_weights) - set(names))
+        if strange:
+            raise UserError(f"method.component_weights names {strange[0]!r}; the components are {', '.join(names)}")
         columns = [scores.components[name] for name in names]
         credit = partial(self._credit, names)
         advantage: Tensor = run.jointly(credit, scores.total, batch.group, batch.prompt, *columns)
+        if self.config.advantage == "none":
+            return advantage
         return advantage.clamp(-self.config.advantage_clip, self.config.advantage_clip)
 
     def _credit(self, names: list[str], total: Tensor, group: Tensor, prompt: Tensor, *columns: Tensor) -> Tensor:
@@ -74,8 +81,8 @@ class Advantages:
     def selected(
         self, run: Run, advantage: Float[Tensor, " samples"], group: Int[Tensor, " samples"]
     ) -> Bool[Tensor, " samples"]:
-        """False for samples whose advantage is 0, and for those between the best and the worst."""
-        kept = advantage != 0
+        """False for samples of advantage 0 (but for raw rewards), and for those between the best and the worst."""
+        kept = advantage != 0 if self.config.advantage != "none" else torch.ones_like(advantage, dtype=torch.bool)
         if self.config.best_worst is None:
             return kept
         return kept & run.jointly(partial(best_worst, keep=self.config.best_worst), advantage, group)

@@ -1,4 +1,13 @@
-"""Scores of noisy states."""
+"""Scores of noisy states, in units of the reward.
+
+A reward sees decoded samples only, a value sees (x_t, t, condition) and the prediction already paid for. Steerers rank
+partial trajectories with it; process rewards are values too. To add one, write a callable with the signature of
+``Value``: an estimate from the denoiser in ``estimates``, a learned one in ``learned``.
+
+Traps: the soft value is β·log E[exp(r/β)], not E[r]; an average at the wrong temperature gives another target. A value
+that evaluates networks counts them in its denoiser's ledger. Noise is keyed by the slot (``rows.index``), not by the
+particle that stands in it.
+"""
 
 from difftilt.values.estimates import ClosedForm, LatentReward, PosteriorMean, Rollout, SampledX0
 from difftilt.values.learned import Learned, ValueNetwork, fit_value, regression_loss

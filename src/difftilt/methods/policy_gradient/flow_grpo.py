@@ -148,7 +148,7 @@ class FlowGRPO(MethodBase):
         )
         if self.config.flash_steps is None:
             return trajectory
-        rest = compressed(grid[end:], self.config.flash_steps)
+        rest = compressed(grid[end:], min(self.config.flash_steps, len(grid) - 1 - end))
         return replace(trajectory, x_0=DPMSolverPP()(denoise, trajectory.x_0, batch.condition, rest))
 
     def plan(self, iteration: int, noise: NoiseSource) -> Plan:
@@ -223,6 +223,18 @@ def _check(config: Config, task: Task) -> None:
         )
     if config.flash_steps is not None and config.window is None:
         raise UserError("method.flash_steps replaces the steps after a window: set method.window, or leave it out")
+    if config.flash_steps is not None and config.output == "x0":
+        raise UserError("method.flash_steps needs the state at the window's end: set method.output to state")
+    if config.objective == "guard" and config.kernel == "cps":
+        raise UserError(
+            "method.objective = guard corrects a Gaussian density, and cps scores a squared error: use flow_sde"
+        )
+    if config.aggregation is not None and config.advantage != "group":
+        raise UserError(f"method.aggregation compares in groups: set method.advantage to group, not {config.advantage}")
+    if config.component_weights and config.aggregation is None:
+        raise UserError(
+            "method.component_weights belong to method.aggregation: set it, or weigh the rewards themselves"
+        )
     if config.best_worst is not None and (config.best_worst % 2 or config.best_worst > config.group_size):
         raise UserError(
             f"method.best_worst = {config.best_worst} must be even and at most group_size = {config.group_size}"
