@@ -228,6 +228,7 @@ def test_the_guarded_gradient_divides_by_the_length_of_the_step() -> None:
         ({"window": {"width": 11}}, "window"),
         ({"window": {"width": 2}, "flash_steps": 2, "output": "x0"}, "output"),
         ({"objective": "guard", "kernel": "cps"}, "flow_sde"),
+        ({"window": {"width": 2, "high": 10}}, "at most 9"),
         ({"aggregation": "sum", "advantage": "history"}, "method.advantage"),
         ({"component_weights": {"distance": 2.0}}, "method.aggregation"),
     ],

@@ -193,7 +193,7 @@ class OneKey(Noise):
 
 @pytest.mark.parametrize("unit", ["edge", "sample", "group"])
 def test_units_that_draw_one_key_are_told_apart(unit: Literal["edge", "sample", "group"]) -> None:
-    method, loop = regression(12)
+    method, loop = regression()
     phase = method.phase(loop, unit=unit, updates=3)
     loop.updater.run_phase(phase, make_experience(), OneKey(0))
     assert [len(piece) for piece in method.seen] == [12, 12, 12]

@@ -12,7 +12,7 @@ from difftilt.checks.proof import Result
 from difftilt.models.denoiser import denoiser
 from difftilt.recipes.building import build_task, laws_of, require
 from difftilt.recipes.directory import CONFIG, check_output, run_directory
-from difftilt.recipes.evaluating import evaluate_recipe, newest_checkpoint
+from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe
 from difftilt.recipes.schema import Recipe, load_recipe
 from difftilt.recipes.steered import SteerResult
 from difftilt.rewards import as_reward
@@ -106,7 +106,7 @@ def evaluate(what: RecipeLike, *, overrides: Sequence[str] = (), **settings: obj
     """
     if not isinstance(what, str | Path) or not Path(what).is_dir():
         return evaluate_recipe(_typed(what, overrides, settings), None)
-    checkpoint = newest_checkpoint(Path(what))
+    checkpoint = checkpoint_of(Path(what))
     return evaluate_recipe(_typed(Path(what) / CONFIG, overrides, settings), checkpoint)
 
 

@@ -14,14 +14,14 @@ from difftilt.recipes.directory import CONFIG
 from difftilt.recipes.schema import Recipe
 from difftilt.sampling.noise import Noise
 from difftilt.training.base import MethodBase
-from difftilt.training.checkpoint import load_checkpoint
+from difftilt.training.checkpoint import load_checkpoint, newest_checkpoint
 from difftilt.training.measure import measure
 from difftilt.training.protocol import Method
 from difftilt.training.run import LoopRun
 from difftilt.training.world import World
 
 
-def newest_checkpoint(run: Path) -> Path:
+def checkpoint_of(run: Path) -> Path:
     """The newest checkpoint of a run directory.
 
     Raises:
@@ -29,10 +29,10 @@ def newest_checkpoint(run: Path) -> Path:
     """
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is no run directory ({CONFIG} is missing): name a run, or a recipe")
-    latest = run / "checkpoints" / "latest"
-    if not latest.exists():
+    newest = newest_checkpoint(run / "checkpoints")
+    if newest is None:
         raise UserError(f"{run} has no checkpoint to evaluate: the run ended before it wrote one")
-    return latest
+    return newest
 
 
 def evaluate_recipe(recipe: Recipe, checkpoint: Path | None) -> dict[str, float]:

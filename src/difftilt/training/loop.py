@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from difftilt.training.config import OptimizerConfig, TrainingConfig
 from difftilt.training.experience import Experience
 from difftilt.training.logs import append_row, read_rows, truncate_rows
 from difftilt.training.measure import Measured, diversity_of, measure, quick_drift
-from difftilt.training.monitors import Verdict, judge
+from difftilt.training.monitors import Verdict, judge, summarise
 from difftilt.training.pictures import save_picture
 from difftilt.training.protocol import Method, Task
 from difftilt.training.run import LoopRun
@@ -198,7 +198,7 @@ def train_task(
             loop.save(iteration + 1)
     after = {name[8:]: value for name, value in loop.rows[-1].items() if name.startswith("heldout/")}
     if loop.writes is not None:
-        summary = {"before": before, "after": after, "verdicts": [asdict(verdict) for verdict in loop.verdicts]}
+        summary = {"before": before, "after": after, "verdicts": summarise(loop.verdicts)}
         (loop.writes / "summary.json").write_text(json.dumps(summary, indent=1))
     return TrainResult(directory, loop.rows, before, after, loop.verdicts, loop.run)
 

@@ -4,7 +4,8 @@ A monitor is a pure function of the rows of ``metrics.jsonl``, so a resumed run 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import cast
 
 from pydantic import Field
 
@@ -134,3 +135,17 @@ def judge(rows: Sequence[Row], config: MonitorConfig) -> list[Verdict]:
         if value is not None and (value > threshold if monitor.above else value < threshold):
             verdicts.append(Verdict(monitor.name, int(rows[-1]["iteration"]), value, threshold, monitor.advice))
     return verdicts
+
+
+def summarise(verdicts: Sequence[Verdict]) -> list[dict[str, object]]:
+    """One entry per monitor that spoke: its last verdict, its first iteration, and how many iterations it spoke in."""
+    entries: dict[str, dict[str, object]] = {}
+    for verdict in verdicts:
+        earlier = entries.get(verdict.monitor, {"first_iteration": verdict.iteration, "iterations": 0})
+        count = cast(int, earlier["iterations"]) + 1
+        entries[verdict.monitor] = {
+            **asdict(verdict),
+            "first_iteration": earlier["first_iteration"],
+            "iterations": count,
+        }
+    return list(entries.values())

@@ -221,6 +221,11 @@ def _check(config: Config, task: Task) -> None:
         raise UserError(
             f"method.window.width = {config.window.width} leaves nothing of {steps} steps: the last is never trained"
         )
+    if config.window is not None and (config.window.high or 0) >= steps:
+        raise UserError(
+            f"method.window.high = {config.window.high} reaches the last of {steps} steps, which is never trained: "
+            f"use at most {steps - 1}"
+        )
     if config.flash_steps is not None and config.window is None:
         raise UserError("method.flash_steps replaces the steps after a window: set method.window, or leave it out")
     if config.flash_steps is not None and config.output == "x0":
