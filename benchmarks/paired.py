@@ -8,7 +8,9 @@ so that a drift favours neither; the median over pairs ignores the pairs that a 
 import ctypes
 import gc
 import json
+import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -69,7 +71,7 @@ class Report:
         peak_memory_mb: resident memory of the process at its highest while the program ran, and while the floor did.
         shapes: everything that has a size.
         extra: numbers of this benchmark alone.
-        machine: threads, torch, Python, processor.
+        machine: threads, cores, processor, load average of the last minute, torch, Python.
     """
 
     name: str
@@ -210,12 +212,14 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def _peak_of(work: Work) -> float:
-    """Highest resident memory of this process during ``work``, in MB; NaN where the system keeps no such count."""
-    if not (_STATUS.exists() and _CLEAR.exists()):
-        work()
-        return float("nan")
+    """Highest resident memory of this process during ``work``, in MB; where it cannot be reset, since the beginning."""
     _settle()
-    _CLEAR.write_text("5")  # sets the high-water mark back to the present value
+    try:
+        _CLEAR.write_text("5")  # sets the high-water mark back to the present value
+    except OSError:
+        work()
+        unit = 2**20 if platform.system() == "Darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     work()
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
@@ -227,6 +231,7 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cores": torch.multiprocessing.cpu_count(),
         "cpu": _cpu_model(),
+        "load": os.getloadavg()[0],
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

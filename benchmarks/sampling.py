@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.paired import Subject
-from benchmarks.workload import Size, forwards, make_inputs, make_task, shapes_of
+from benchmarks.workload import NetworkClock, Size, forwards, make_inputs, make_task, shapes_of
 from difftilt.models.denoiser import denoiser
 from difftilt.rewards.base import FunctionReward
 from difftilt.rewards.protocol import Samples
@@ -26,9 +26,10 @@ def rollout_overhead(size: Size) -> Subject:
     denoise = denoiser(task.model, forward_batch=size.batch)
     plan = Plan(record=torch.ones(size.steps, dtype=torch.bool))
     index = torch.arange(size.batch)
-    taken: list[float] = []
+    clock, taken, inside = NetworkClock(network), list[float](), list[float]()
 
     def program() -> Trajectory:
+        clock.read()
         began = time.perf_counter()
         noise = Noise(0)
         with torch.no_grad():
@@ -36,6 +37,7 @@ def rollout_overhead(size: Size) -> Subject:
             grid = task.sampler.grid
             outcome = rollout(denoise, flow_sde(), grid, x, inputs.label, noise=noise, index=index, plan=plan)
         taken.append(time.perf_counter() - began)
+        inside.append(clock.read())
         return outcome
 
     outcome = program()
@@ -50,13 +52,12 @@ def rollout_overhead(size: Size) -> Subject:
         run_floor=lambda: forwards(network, inputs, size.steps),
         shapes=shapes_of(size, network),
         extra={"nfe": outcome.ledger.nfe},
-        phases={"rollout": taken},
+        phases={"rollout": taken, "network": inside},
     )
 
 
 def fk_overhead(size: Size) -> Subject:
     """FK steering with as many particles as the batch, weighed and resampled at every step but the first."""
-    scored: list[float] = []
     # the weighting points fall on every grid point of five steps
     size = replace(size, steps=5)
     task, inputs = make_task(size), make_inputs(size)
@@ -65,6 +66,7 @@ def fk_overhead(size: Size) -> Subject:
     denoise = denoiser(task.model, forward_batch=size.batch)
     steerer = FKSteering(FKSteeringConfig(particles=size.batch, resample="always"))
     index, spent = torch.arange(size.batch), [0.0]
+    clock, inside, taken, scored = NetworkClock(network), list[float](), list[float](), list[float]()
 
     def brightness(samples: Samples) -> torch.Tensor:
         began = time.perf_counter()
@@ -72,13 +74,15 @@ def fk_overhead(size: Size) -> Subject:
         spent[0] += time.perf_counter() - began
         return scores
 
-    reward, taken = FunctionReward("brightness", brightness), list[float]()
+    reward = FunctionReward("brightness", brightness)
 
     def program() -> Steered:
+        clock.read()
         spent[0], began = 0.0, time.perf_counter()
         outcome = steerer.steer(task, denoise, reward, ["3"], Noise(0))
         taken.append(time.perf_counter() - began - spent[0])
         scored.append(spent[0])
+        inside.append(clock.read())
         return outcome
 
     def floor() -> torch.Tensor:
@@ -99,7 +103,7 @@ def fk_overhead(size: Size) -> Subject:
         run_floor=floor,
         shapes=shapes_of(size, network) | {"particles": size.batch},
         extra={"nfe": outcome.ledger.nfe, "reward_calls": outcome.ledger.reward_calls},
-        phases={"rollout": taken, "reward": scored},
+        phases={"rollout": taken, "reward": scored, "network": inside},
     )
 
 

@@ -68,7 +68,7 @@ def _update(name: str, task: Task, method: Method, size: Size, updates: int) -> 
 
     def program() -> None:
         start = time.perf_counter()
-        _once(loop, experience)
+        assert _once(loop, experience) == cost, "the floor must be what every update costs"
         taken.append(time.perf_counter() - start)
 
     def floor() -> None:

@@ -1,5 +1,6 @@
 """The network, the task and the bare passes that every benchmark shares."""
 
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,6 +103,26 @@ def gradient_passes(network: nn.Module, inputs: Inputs, count: int) -> None:
     for _ in range(count):
         output = network(inputs.x_t, inputs.t, inputs.label)
         output.backward(torch.ones_like(output))
+
+
+class NetworkClock:
+    """Seconds spent inside a network since the last reading."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._began = self._spent = 0.0
+        network.register_forward_pre_hook(self._enter)
+        network.register_forward_hook(self._leave)
+
+    def _enter(self, module: nn.Module, given: object) -> None:
+        self._began = time.perf_counter()
+
+    def _leave(self, module: nn.Module, given: object, output: object) -> None:
+        self._spent += time.perf_counter() - self._began
+
+    def read(self) -> float:
+        """The seconds, and start again from 0."""
+        spent, self._spent = self._spent, 0.0
+        return spent
 
 
 def shapes_of(size: Size, network: nn.Module) -> dict[str, object]:

@@ -55,7 +55,7 @@ def train(
     world.barrier()  # no process may create the directory before the main one has looked
     task = build_task(typed)
     method = cast(Method, part.build(task))
-    with run_directory(directory, typed, keep=resume or not world.main):
+    with run_directory(directory, typed, resume=resume, writes=world.main):
         return train_task(
             task, method, typed.training, directory, laws=laws_of(part), resume=resume, hooks=hooks, world=world
         )

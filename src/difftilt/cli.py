@@ -89,6 +89,8 @@ def train(
 
     chosen = [*(overrides or []), *_shortcuts(iterations=iterations, seed=seed)]
     result = api.train(recipe, output, resume=resume, overrides=chosen, hooks=[_progress])
+    if not result.run.world.main:
+        return
     _print(tables.train_report(result.before, result.after, result.verdicts))
     _print(f"run directory: {output}")
 
@@ -165,6 +167,8 @@ def check(
 
     if file is not None and not file.parent.is_dir():
         raise UserError(f"--json {file}: there is no directory {file.parent}")
+    if file is not None:
+        _try_to_write(file)
     proofs = collect(names or (), quick=quick)
     results = [_told(result, len(proofs), place) for place, result in enumerate(run(proofs), start=1)]
     if file is not None:
@@ -185,6 +189,14 @@ def _told(result: "Result", count: int, place: int) -> "Result":
 def _steps(step: int, steps: int, ess: "Tensor | None") -> None:
     """One line per step of a steerer on stderr."""
     _line(f"step {step}/{steps}" + ("" if ess is None else f"  effective sample size {float(ess.mean()):.1f}"))
+
+
+def _try_to_write(file: Path) -> None:
+    """Find out before the work, not after it, that results cannot be kept."""
+    try:
+        file.touch()
+    except OSError as error:
+        raise UserError(f"--json {file} cannot be written ({error.strerror}): name another file") from error
 
 
 def _line(text: str) -> None:

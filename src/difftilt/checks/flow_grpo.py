@@ -21,12 +21,30 @@ STEPS, SHIFT, NOISE = 10, 3.0, 0.7
 WIDTH = 0.5
 
 
-def ring_reward(kl_weight: float = 0.0, **settings: Any) -> float:
+def ring_reward(**settings: Any) -> float:
     """Mean -|x - (2, 0)| of the SDE's samples after 60 iterations on the ring; -2.49 before."""
+    return sum(row["reward_mean"] for row in _ring(**settings)[-5:]) / 5
+
+
+def _ring(**settings: Any) -> list[dict[str, float]]:
     task = Mixtures(MixturesConfig(steps=STEPS, shift=SHIFT)).task()
-    common: dict[str, Any] = {"groups": 8, "group_size": 16, "clip_range": 0.2, "updates": 1, "ema": 0.0}
-    result = trained("flow-grpo", task, 60, 1e-3, kl_weight=kl_weight, **common, **settings)
-    return sum(row["reward_mean"] for row in result.rows[-5:]) / 5
+    common: dict[str, Any] = {
+        "groups": 8,
+        "group_size": 16,
+        "clip_range": 0.2,
+        "updates": 1,
+        "ema": 0.0,
+        "kl_weight": 0.0,
+    }
+    return trained("flow-grpo", task, 60, 1e-3, **{**common, **settings}).rows
+
+
+def largest_ratio_spread(clip_range: float) -> float:
+    """Largest std of the ratio over 30 iterations of four updates: the clip is what holds it."""
+    task = Mixtures(MixturesConfig(steps=STEPS, shift=SHIFT)).task()
+    settings: dict[str, Any] = {"groups": 8, "group_size": 16, "updates": 4, "ema": 0.0, "kl_weight": 0.0}
+    rows = trained("flow-grpo", task, 30, 1e-2, clip_range=clip_range, count=64, **settings).rows
+    return max(row["ratio_std"] for row in rows)
 
 
 def closed_chain() -> tuple[Tensor, Tensor]:
@@ -112,8 +130,14 @@ PROOFS = (
         long=True,
     ),
     Proof(
-        "GRPO-Guard's corrected ratio climbs the ring as well",
-        lambda: ring_reward(objective="guard"),
+        "off-policy, a tight clip holds the ratio: its largest spread over that of a clip that never acts",
+        lambda: largest_ratio_spread(0.02) / largest_ratio_spread(1e6),
+        at_most=0.7,
+        long=True,
+    ),
+    Proof(
+        "GRPO-Guard's corrected ratio climbs the ring as well, with four updates per rollout",
+        lambda: ring_reward(objective="guard", updates=4),
         at_least=-1.6,
         long=True,
     ),

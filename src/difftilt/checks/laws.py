@@ -1,11 +1,12 @@
 """The laws that leaves declare on their cards, measured on the gradient of a method's first update.
 
-``ratio_one``: before the first update every ratio is 1, in microbatches unlike the rollout's. ``constant_reward``: the
-reward term then has no gradient. ``offset_per_prompt``: a constant added to all rewards of a prompt changes nothing.
-``batch_split``: neither does the size of microbatches.
+``ratio_one``: before the first update every ratio is 1, under guidance and in microbatches unlike the rollout's.
+``constant_reward``: the reward term then has no gradient. ``offset_per_prompt``: a constant added to all rewards of a
+prompt changes nothing. ``batch_split``: neither does the size of microbatches.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def _gap(one: Tensor, other: Tensor) -> float:
 
 def ratio_one(name: str) -> float:
     """Largest |ratio - 1| over the rows of the first update."""
-    loop = loop_of(name, _task(), **SMALL)
+    task = _task()
+    loop = loop_of(name, replace(task, sampler=replace(task.sampler, guidance=2.5)), **SMALL)
     with torch.no_grad():
         experience = loop.method.collect(loop.run)
     worst = 0.0
@@ -70,7 +72,7 @@ def batch_split(name: str) -> float:
 
 
 LAWS: dict[str, tuple[str, Callable[[str], float], float]] = {
-    "ratio_one": ("largest |ratio - 1| before the first update", ratio_one, 1e-6),
+    "ratio_one": ("largest |ratio - 1| before the first update, guidance 2.5", ratio_one, 1e-6),
     "constant_reward": ("norm of the reward term's gradient under a constant reward", constant_reward, 0.0),
     "offset_per_prompt": ("relative change of the gradient under reward offsets per prompt", offset_per_prompt, 1e-4),
     "batch_split": ("relative change of the gradient between microbatches of 64 and 8 rows", batch_split, 1e-5),

@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from difftilt.errors import UserError
 from difftilt.recipes.schema import Recipe, load_recipe
+from difftilt.training.checkpoint import newest_checkpoint
+from difftilt.training.logs import write_text
 
 CONFIG = "config.yaml"
 """The resolved recipe of the run."""
@@ -26,7 +28,8 @@ def check_output(output: Path, recipe: Recipe, *, resume: bool) -> None:
         raise UserError(f"output {output} is a file: name a directory")
     occupied = output.is_dir() and any(output.iterdir())
     if occupied and not resume:
-        raise UserError(f"output {output} exists and is not empty: add --resume to go on with it, or name another one")
+        remedy = "name another one" if recipe.method is None else "add --resume to go on with it, or name another one"
+        raise UserError(f"output {output} exists and is not empty: {remedy}")
     if not resume:
         return
     if not (output / CONFIG).exists():
@@ -38,23 +41,34 @@ def check_output(output: Path, recipe: Recipe, *, resume: bool) -> None:
 
 
 @contextmanager
-def run_directory(output: Path, recipe: Recipe, *, keep: bool) -> Generator[None, None, None]:
-    """Store the resolved recipe for the run inside; take everything back if the run is refused before it has results.
+def run_directory(output: Path, recipe: Recipe, *, resume: bool, writes: bool) -> Generator[None, None, None]:
+    """Store the resolved recipe for the run inside; take everything back if it ends before it has a checkpoint.
 
     Args:
         output: directory, new or of the same run.
-        recipe: what is about to run.
-        keep: leave the directory as it is (another process writes, or a run goes on in it).
+        recipe: what is about to run; a resumed run that ends well leaves it in place of the older one.
+        resume: a run goes on in the directory, which then stays whatever happens.
+        writes: this process is the one that writes files.
     """
-    if not keep:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / CONFIG).write_text(recipe.to_yaml(), encoding="utf-8")
+    ended = False
     try:
+        if writes and not resume:
+            _begin(output, recipe)
         yield
-    except UserError:
-        if not keep and not (output / "metrics.jsonl").exists():
-            shutil.rmtree(output)
-        raise
+        ended = True
+    finally:
+        if ended and writes and resume:
+            write_text(output / CONFIG, recipe.to_yaml())
+        if not ended and writes and not resume and newest_checkpoint(output / "checkpoints") is None:
+            shutil.rmtree(output, ignore_errors=True)
+
+
+def _begin(output: Path, recipe: Recipe) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / CONFIG, recipe.to_yaml())
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written ({error.strerror}): name another directory") from error
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -105,7 +105,17 @@ def _from_signature(entry: Callable[..., Any]) -> type[Config]:
     try:
         return create_model(f"{title}Config", __base__=Config, __module__=__name__, **fields)
     except PydanticSchemaGenerationError as error:
-        raise UserError(f"{title} takes a parameter that cannot be written in a recipe: {error.message}") from error
+        objects = ", ".join(name for name, (hint, _) in fields.items() if not _plain(hint))
+        raise UserError(f"{title} takes objects that a recipe cannot hold ({objects}): use it from Python") from error
+
+
+def _plain(hint: Any) -> bool:
+    """Whether a recipe can hold values of this type."""
+    try:
+        create_model("Probe", __base__=Config, __module__=__name__, value=(hint, ...))
+    except PydanticSchemaGenerationError:
+        return False
+    return True
 
 
 def _hints(entry: Callable[..., Any]) -> dict[str, Any]:

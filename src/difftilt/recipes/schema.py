@@ -12,7 +12,7 @@ from difftilt.config import Config, Problems, dump
 from difftilt.leaves import nearest
 from difftilt.recipes.loading import read
 from difftilt.recipes.parts import Part, read_part
-from difftilt.training.config import TrainingConfig
+from difftilt.training.config import Device, TrainingConfig
 
 
 class SteeringConfig(Config):
@@ -20,11 +20,11 @@ class SteeringConfig(Config):
 
     seed: int = Field(default=0, ge=0)
     """Fixes every draw of the run."""
-    prompts: tuple[str, ...] | None = None
+    prompts: tuple[str, ...] | None = Field(default=None, min_length=1)
     """What to sample for; null takes the held-out prompts of the testbed."""
     forward_batch: int = Field(default=64, ge=4, multiple_of=4)
     """Rows of every network call: shorter batches are padded, longer ones are split. A multiple of 4."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """Torch device of the network."""
 
 

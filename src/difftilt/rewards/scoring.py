@@ -97,8 +97,9 @@ class _Blame:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception) and not isinstance(error, RewardError):
+            said = str(error).partition("\n")[0][:200]
             raise RewardError(
-                f"reward {self.name!r} raised {type(error).__name__} on samples 0 to {self.rows - 1}: {error}; "
+                f"reward {self.name!r} raised {type(error).__name__} on samples 0 to {self.rows - 1}: {said}; "
                 "mend it, or drop it from the rewards (--debug shows where it happened)"
             ) from error
 

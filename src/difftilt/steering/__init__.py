@@ -8,3 +8,9 @@ Traps: log-weights are carried, in float64, where nothing is resampled. Noise be
 must draw different noise. A deterministic kernel makes copies equal for ever. One particle is plain sampling, bit for
 bit; weighing only at the end is importance sampling: both are tests.
 """
+
+from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
+from difftilt.steering.fk_steering import FKSteering, FKSteeringConfig
+from difftilt.steering.protocol import Particles, Steered, Steerer
+
+__all__ = ["BestOfN", "BestOfNConfig", "FKSteering", "FKSteeringConfig", "Particles", "Steered", "Steerer"]

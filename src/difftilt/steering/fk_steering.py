@@ -18,6 +18,7 @@ from difftilt.card import Card
 from difftilt.config import Config
 from difftilt.errors import UserError
 from difftilt.models.protocol import Denoiser
+from difftilt.process.gaussian import GaussianProcess
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import Guide, NoiseSource
 from difftilt.steering.guides import value_guide
@@ -155,6 +156,10 @@ class FKSteering:
             return PosteriorMean(scorer)
         temperature = config.temperature if config.value_temperature is None else config.value_temperature
         if config.value == "x0_samples":
+            if isinstance(chain.denoise.process, GaussianProcess):
+                raise UserError(
+                    "steerer.value = x0_samples draws tokens; this model is continuous: use rollout or posterior_mean"
+                )
             return SampledX0(scorer, config.x0_samples, temperature, chain.noise)
         return Rollout(scorer, chain.denoise, chain.preset, chain.grid, config.x0_samples, temperature, chain.noise)
 

@@ -69,8 +69,9 @@ class Advantages:
             return aggregate(components, weights, group, config.aggregation, normaliser=normaliser)
         match config.advantage:
             case "history":
-                advantage, self.history = push_and_normalise(self.history, total, prompt)
-                return advantage
+                # the history stays on the CPU, whatever the device of the rewards
+                advantage, self.history = push_and_normalise(self.history, total.cpu(), prompt.cpu())
+                return advantage.to(total.device)
             case "leave_one_out":
                 return leave_one_out(total, group)
             case "none":

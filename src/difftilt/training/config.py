@@ -1,9 +1,27 @@
 """Configuration that every training method shares."""
 
-from pydantic import Field
+from typing import Annotated
+
+import torch
+from pydantic import AfterValidator, Field
 
 from difftilt.config import Config
 from difftilt.training.monitors import MonitorConfig
+
+
+def _usable(device: str) -> str:
+    """The name, if torch knows such a device and has it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{device!r} is no device of this machine: use cpu, or cuda with a CUDA build") from error
+    return device
+
+
+Device = Annotated[str, AfterValidator(_usable)]
+"""Name of a torch device that is there."""
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Config):
@@ -11,7 +29,7 @@ class OptimizerConfig(Config):
 
     lr: float = Field(default=3e-4, gt=0)
     """Learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the first and second moment."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """Decoupled weight decay."""
@@ -39,7 +57,7 @@ class TrainingConfig(Config):
     """Iterations between checkpoints; the last iteration always has one."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Older checkpoints are removed."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """Torch device of the network."""
     monitors: MonitorConfig = MonitorConfig()
     """Thresholds at which the monitors speak."""

@@ -9,6 +9,13 @@ from pathlib import Path
 from difftilt.errors import UserError
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def append_row(path: Path, row: Mapping[str, float | int]) -> None:
     """Append one line and flush it to the disk. Numbers that are not finite are written as null: missing, not zero."""
     clean = {name: value if math.isfinite(value) else None for name, value in row.items()}

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from difftilt.errors import UserError
-from difftilt.models.protocol import Roles, RoleSpec, Trained
+from difftilt.models.protocol import Lagging, Roles, RoleSpec, Trained
 from difftilt.models.roles import CopiedRoles
 from difftilt.sampling.noise import Noise
 from difftilt.training.checkpoint import newest_checkpoint, save_checkpoint
 from difftilt.training.config import OptimizerConfig, TrainingConfig
 from difftilt.training.experience import Experience
-from difftilt.training.logs import append_row, read_rows, truncate_rows
+from difftilt.training.logs import append_row, read_rows, truncate_rows, write_text
 from difftilt.training.measure import Measured, diversity_of, measure, quick_drift
 from difftilt.training.monitors import Verdict, judge, summarise
 from difftilt.training.pictures import save_picture
@@ -199,7 +199,7 @@ def train_task(
     after = {name[8:]: value for name, value in loop.rows[-1].items() if name.startswith("heldout/")}
     if loop.writes is not None:
         summary = {"before": before, "after": after, "verdicts": summarise(loop.verdicts)}
-        (loop.writes / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_text(loop.writes / "summary.json", json.dumps(summary, indent=1))
     return TrainResult(directory, loop.rows, before, after, loop.verdicts, loop.run)
 
 
@@ -218,6 +218,9 @@ def assemble(
         raise UserError(f"task {task.name} has no weights to train: its network is not an nn.Module")
     device = torch.device(config.device)
     specs: dict[str, RoleSpec] = dict(method.roles())
+    for spec in specs.values():
+        if not isinstance(spec, Lagging) and spec.network is not None:
+            spec.network.to(device)
     # rollout and ratios see one function: dropout is off, and so is everything else that training mode turns on
     roles = CopiedRoles(model.network.to(device).eval(), specs)
     run = LoopRun(replace(task, model=model), roles, world, Noise(config.seed), config.forward_batch, device)
@@ -259,7 +262,7 @@ def _before(loop: Loop, resume: bool) -> dict[str, float]:
         raise UserError(f"{path} is missing: the run directory was changed; start again in a new one")
     numbers = loop.evaluate(0).numbers
     if loop.writes is not None:
-        (loop.writes / "before.json").write_text(json.dumps(numbers, indent=1))
+        write_text(loop.writes / "before.json", json.dumps(numbers, indent=1))
     return numbers
 
 

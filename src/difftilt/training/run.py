@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from difftilt.errors import GuardError
 from difftilt.models.denoiser import NetworkDenoiser
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser, Roles
@@ -111,6 +112,12 @@ class LoopRun:
         A sum that standardises its parts over the batch does so over the batch of all processes, except inside a loss
         (where gradients are on), which sees a microbatch anyway.
         """
+        media = samples.media
+        if media.is_floating_point() and not bool(media.isfinite().all()):
+            raise GuardError(
+                f"iteration {self.iteration}: the samples are not finite, so there is nothing to score; lower "
+                "training.optimizer.lr, or raise the KL weight"
+            )
         start = time.perf_counter()
         scores = evaluate(reward, samples, self.ledger)
         if isinstance(reward, WeightedSum) and reward.normalise in ("batch", "running") and not torch.is_grad_enabled():

@@ -68,7 +68,9 @@ def surrogate_loss(config: SurrogateConfig, preset: Preset, run: Run, rows: Expe
         with torch.no_grad():
             frozen = replay(run.denoiser("reference"), preset, edges, rows.condition)
         predictions = (moment.prediction, frozen.prediction)
-        kl = step_kl(config.kl, moment.step, frozen.step, moment.t, moment.s, predictions=predictions)
+        kl = step_kl(
+            config.kl, moment.step, frozen.step, moment.t, moment.s, predictions=predictions, reduce=preset.reduce
+        )
         terms["kl"] = Term(kl, config.kl_weight)
     return Loss(terms, {"ratio": surrogate.ratio, "clip_fraction": surrogate.clipped})
 

@@ -8,7 +8,9 @@ and two mirror images of one network around the behaviour velocity are regressed
 with u = eps - x_0. The minimiser is v_old + (2/beta)·E[r·(u - v_old) | x_t]: no likelihood, no trajectory, any sampler.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -101,6 +103,10 @@ class DiffusionNFT(MethodBase):
             roles["ema"] = Lagging("current", lambda n: min((1 + n) / (10 + n), self.config.ema))
         return roles
 
+    def sampler(self, task: Task) -> Sampler:
+        """The task's, without guidance: the improvement is trained in."""
+        return replace(task.sampler, guidance=1.0)
+
     def collect(self, run: Run) -> Experience:
         """Draw groups from ``behaviour`` without guidance; one edge for each time a sample is trained at."""
         config = self.config
@@ -129,7 +135,8 @@ class DiffusionNFT(MethodBase):
     def _noise_levels(self, run: Run, batch: PromptBatch, grid: Tensor) -> Edges:
         """For every sample a random subset of the solver's own times."""
         times = grid[:-1].float().to(batch.index.device)
-        kept = max(1, int(self.config.timestep_fraction * len(times)))
+        # the small term undoes rounding: 0.3·10 is 2.999… in floating point
+        kept = max(1, math.floor(self.config.timestep_fraction * len(times) + 1e-9))
         order = run.noise.uniform(batch.index, (len(times),), purpose="training times").argsort(1)[:, :kept]
         sample = torch.arange(len(batch.index), device=batch.index.device).repeat_interleave(kept)
         return Edges(sample=sample, step=order.reshape(-1), t=times[order.reshape(-1)])

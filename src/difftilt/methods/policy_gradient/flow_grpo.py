@@ -88,6 +88,8 @@ class Config(GroupSampling, AdvantageConfig, SurrogateConfig):
     """Subtract a learned value V(x_t, t, prompt) from the advantage (optional in DPOK)."""
     updates: int = Field(default=2, ge=1)
     """Optimiser steps per iteration."""
+    unit: Literal["sample", "edge"] = "sample"
+    """What the updates share out: whole samples with all their steps, or single steps shuffled (DDPO)."""
     ema: float = Field(default=0.9, ge=0, lt=1)
     """Largest decay of the averaged weights that are evaluated, updated every 8 steps; 0 evaluates the trained ones."""
 
@@ -178,7 +180,7 @@ class FlowGRPO(MethodBase):
 
     def phases(self, run: Run) -> Sequence[Phase]:
         """The surrogate with its KL, and the regression of the value where there is one."""
-        phases = [Phase("current", partial(self._loss, run), updates=self.config.updates)]
+        phases = [Phase("current", partial(self._loss, run), unit=self.config.unit, updates=self.config.updates)]
         return phases if self.values is None else [*phases, Phase("value", partial(self._value_loss, run))]
 
     def _loss(self, run: Run, rows: Experience, noise: NoiseSource) -> Loss:
@@ -214,6 +216,10 @@ def _check(config: Config, task: Task) -> None:
     if tokens != (config.kernel == "unmasking"):
         fitting = "unmasking" if tokens else "flow_sde, dance_sde, cps or ddim"
         raise UserError(f"method.kernel = {config.kernel} does not fit the process of {task.name}: use {fitting}")
+    if config.kernel == "cps" and config.noise_level > 1:
+        raise UserError(f"method.noise_level = {config.noise_level} of cps must be at most 1, where all noise is fresh")
+    if tokens and config.value_baseline:
+        raise UserError(f"{task.name} has tokens: method.value_baseline reads continuous states")
     if tokens and (config.window or config.objective == "guard" or config.kl != "exact"):
         raise UserError(f"{task.name} has tokens: window, objective guard and inexact kl need a Gaussian process")
     steps = len(grid_of(task, config.steps, config.shift)) - 1
@@ -226,6 +232,14 @@ def _check(config: Config, task: Task) -> None:
             f"method.window.high = {config.window.high} reaches the last of {steps} steps, which is never trained: "
             f"use at most {steps - 1}"
         )
+    window = config.window
+    if window is not None and window.motion == "random":
+        high = window.high or max(steps // 2, window.width)
+        if window.low + window.width > high:
+            raise UserError(
+                f"method.window: {window.width} steps do not fit into steps {window.low} to {high - 1}: "
+                "lower window.low or width, or raise high"
+            )
     if config.flash_steps is not None and config.window is None:
         raise UserError("method.flash_steps replaces the steps after a window: set method.window, or leave it out")
     if config.flash_steps is not None and config.output == "x0":
