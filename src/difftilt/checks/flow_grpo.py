@@ -39,6 +39,12 @@ def _ring(**settings: Any) -> list[dict[str, float]]:
     return trained("flow-grpo", task, 60, 1e-3, **{**common, **settings}).rows
 
 
+def diversity_left(kl_weight: float) -> float:
+    """Mean distance between samples after training over before."""
+    rows = _ring(kl_weight=kl_weight)
+    return sum(row["diversity"] for row in rows[-5:]) / 5 / rows[0]["diversity"]
+
+
 def largest_ratio_spread(clip_range: float) -> float:
     """Largest std of the ratio over 30 iterations of four updates: the clip is what holds it."""
     task = Mixtures(MixturesConfig(steps=STEPS, shift=SHIFT)).task()
@@ -127,6 +133,12 @@ PROOFS = (
         lambda: shift_ratio(1.0),
         at_least=0.8,
         at_most=1.2,
+        long=True,
+    ),
+    Proof(
+        "without a KL weight the ring collapses to one mode: share of the distance between samples that is left",
+        lambda: diversity_left(0.0),
+        at_most=0.5,
         long=True,
     ),
     Proof(

@@ -54,6 +54,8 @@ def surrogate_loss(config: SurrogateConfig, preset: Preset, run: Run, rows: Expe
     """
     edges = rows.edges
     assert edges.x_s is not None
+    # the frozen pass comes first, so that nothing stands between the forward pass with gradient and its backward pass
+    frozen = _frozen_moment(preset, run, rows) if config.kl_weight else None
     moment = replay(run.denoiser("current"), preset, edges, rows.condition)
     log_prob = preset.log_prob(moment.step, edges.x_s)
     log_ratio = _log_ratio(config, edges, moment, log_prob)
@@ -64,15 +66,18 @@ def surrogate_loss(config: SurrogateConfig, preset: Preset, run: Run, rows: Expe
     elif config.objective == "guard" and config.guard_divide_by_dt:
         policy = divided_by_time(policy, moment.t, moment.s)
     terms = {"policy": Term(policy)}
-    if config.kl_weight:
-        with torch.no_grad():
-            frozen = replay(run.denoiser("reference"), preset, edges, rows.condition)
+    if frozen is not None:
         predictions = (moment.prediction, frozen.prediction)
         kl = step_kl(
             config.kl, moment.step, frozen.step, moment.t, moment.s, predictions=predictions, reduce=preset.reduce
         )
         terms["kl"] = Term(kl, config.kl_weight)
     return Loss(terms, {"ratio": surrogate.ratio, "clip_fraction": surrogate.clipped})
+
+
+def _frozen_moment(preset: Preset, run: Run, rows: Experience) -> Moment:
+    with torch.no_grad():
+        return replay(run.denoiser("reference"), preset, rows.edges, rows.condition)
 
 
 def _log_ratio(config: SurrogateConfig, edges: Edges, moment: Moment, log_prob: Tensor) -> Tensor:

@@ -152,13 +152,15 @@ class DiffusionNFT(MethodBase):
         eps = noise.normal(rows.index, tuple(rows.x_0.shape[1:]), purpose="renoise", step=edges.step)
         current = run.denoiser("current", guidance=1.0)
         x_t = current.process.corrupt(rows.x_0, edges.t, eps)
-        prediction = as_gaussian(current(x_t, edges.t, rows.condition))
+        # frozen passes come first, so that nothing stands between the forward pass with gradient and its backward pass
+        reference = self._frozen(run, "reference", x_t, rows) if config.kl_weight else None
         # while behaviour still equals current, one forward pass serves both (the loss detaches the old one)
         same = run.roles.same("behaviour", "current")
-        old = prediction if same else self._frozen(run, "behaviour", x_t, rows)
+        old = None if same else self._frozen(run, "behaviour", x_t, rows)
+        prediction = as_gaussian(current(x_t, edges.t, rows.condition))
         policy = nft_loss(
             prediction,
-            old,
+            prediction if old is None else old,
             rows.x_0,
             rows.label,
             nft_beta=config.nft_beta,
@@ -166,9 +168,8 @@ class DiffusionNFT(MethodBase):
             space=config.space,
         )
         terms = {"policy": Term(policy.value)}
-        if config.kl_weight:
-            gap = velocity_gap(prediction, self._frozen(run, "reference", x_t, rows))
-            terms["kl"] = Term(gap, config.kl_weight)
+        if reference is not None:
+            terms["kl"] = Term(velocity_gap(prediction, reference), config.kl_weight)
         return Loss(terms, {"optimality": rows.label})
 
     def _frozen(self, run: Run, role: str, x_t: Tensor, rows: Experience) -> GaussianPrediction:
