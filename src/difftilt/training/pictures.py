@@ -19,14 +19,19 @@ def save_picture(directory: Path, name: str, media: Tensor) -> Path:
     media = media.detach().cpu()
     if not media.is_floating_point():
         path = directory / f"{name}.json"
-        path.write_text(json.dumps(media[:SHOWN].tolist()))
+        path.write_text(json.dumps(_spread(media).tolist()))
         return path
     path = directory / f"{name}.png"
     if media.dim() == 4:
-        image_grid(media[:SHOWN].float()).save(path)
+        image_grid(_spread(media).float()).save(path)
     else:
         _scatter(media.flatten(1)[:1024].float(), path)
     return path
+
+
+def _spread(media: Tensor) -> Tensor:
+    """At most :data:`SHOWN` rows, evenly over the batch, so that every prompt is seen."""
+    return media[torch.linspace(0, len(media) - 1, min(SHOWN, len(media))).round().long()]
 
 
 def image_grid(images: Float[Tensor, "batch channel height width"]) -> Image.Image:
