@@ -88,7 +88,8 @@ class Landed:
 
 def integrate(extra: Callable[[Tensor, Tensor], Tensor], count: int = 4000, steps: int = 100) -> Tensor:
     """Euler from noise to data along v_old + extra(x_t, t)."""
-    x = Noise(1).normal(torch.arange(count), (1,), purpose="start")
+    # quantiles in place of draws: the start law has no sampling error
+    x = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None].float()
     with torch.no_grad():
         for t, s in pairwise(uniform_grid(steps).float()):
             times = t.clamp(0.02, 0.98).expand(count)
@@ -154,8 +155,8 @@ PROOFS = (
     Proof(
         "the closed-form field moves the mean r from 0.50 to 0.84",
         lambda: float(optimality_of(integrate(increment)).mean()),
-        at_least=0.82,
-        at_most=0.87,
+        at_least=0.83,
+        at_most=0.85,
         long=True,
     ),
     Proof(
