@@ -79,9 +79,8 @@ def test_a_run_writes_what_is_documented(name: str, tmp_path: Path) -> None:
     assert summary["after"] == result.after
     assert summary["before"] == result.before
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
-        "step_0.png",
-        "step_2.png",
-        "step_3.png",
+        "prompts.json",
+        *(f"step_{step}.{suffix}" for step in (0, 2, 3) for suffix in ("png", "safetensors")),
     ]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_2", "step_3"]
 

@@ -1,19 +1,23 @@
 """Measuring: fixed prompts and noise, held-out only, and the drift is zero at the start."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from difftilt.models.ledger import Ledger
 from difftilt.rewards.base import as_reward
 from difftilt.rewards.protocol import Samples
 from difftilt.sampling.drift import path_kl
 from difftilt.sampling.noise import Noise
+from difftilt.sampling.rollout import sample, start_state
+from difftilt.training.gallery import gallery_of, save_gallery, show
 from difftilt.training.loop import Loop
-from difftilt.training.measure import drift_of, measure, quick_drift
+from difftilt.training.measure import DRIFT_SAMPLES, drift_of, measure, quick_drift
 from difftilt.training.pictures import save_picture
 from difftilt.training.protocol import Task
 from training_runs import make_loop, make_method, make_task
@@ -68,7 +72,8 @@ def test_only_heldout_prompts_are_used_and_each_as_often() -> None:
     assert seen == ["class 1"] * 5 + ["class 3"] * 5
     assert measured.samples.group.tolist() == [0] * 5 + [1] * 5
     assert measured.samples.condition.tolist() == [1] * 5 + [3] * 5
-    assert measured.numbers.keys() == {"reward", "reward/note", "on_mode", "kl_reference", "diversity"}
+    numbers = {"reward", "reward_std", "reward/note", "on_mode", "on_mode_std", "kl_reference", "diversity"}
+    assert measured.numbers.keys() == numbers
     seen.clear()
     measure(loop.run, "current", task.sampler, 2, 0)
     assert seen == ["class 1"] * 2
@@ -134,3 +139,59 @@ def test_pictures_of_every_kind_of_medium(shape: tuple[int, ...], tmp_path: Path
 def test_tokens_are_listed(tmp_path: Path) -> None:
     tokens = torch.tensor([[1, 2], [3, 4]])
     assert save_picture(tmp_path, "step_0", tokens).read_text() == "[[1, 2], [3, 4]]"
+
+
+def test_numbers_by_category_are_means_over_the_prompts_of_that_category() -> None:
+    def note(samples: Samples) -> torch.Tensor:
+        return torch.tensor([float(prompt[-1]) + row % 2 for row, prompt in enumerate(samples.prompts)])
+
+    kinds = {"class 0": "low", "class 1": "low", "class 3": "high"}
+    task = replace(make_task(), reward=as_reward(note, name="note"), heldout_prompts=list(kinds), categories=kinds.get)
+    loop = loop_of(task)
+    numbers = measure(loop.run, "current", task.sampler, 12, 0).numbers
+    assert numbers["reward@low"] == 1.0  # classes 0 and 1, each with 0 and 1 added in turn
+    assert numbers["reward@high"] == 3.5
+    assert numbers["reward"] == pytest.approx((4 * 0.5 + 4 * 1.5 + 4 * 3.5) / 12)
+    assert numbers["reward_std"] == pytest.approx(
+        torch.tensor([0.0, 1, 0, 1, 1, 2, 1, 2, 3, 4, 3, 4]).std(correction=0)
+    )
+    # two samples see one prompt: the other categories are missing, not zero
+    assert "reward@high" not in measure(loop.run, "current", task.sampler, 2, 0).numbers
+
+
+def test_the_gallery_has_the_same_noise_at_every_step_and_marks_what_is_held_out(tmp_path: Path) -> None:
+    task = replace(make_task(), heldout_prompts=["class 3", "class 1"])
+    loop = loop_of(task)
+    gallery = gallery_of(task)
+    seen = set(task.prompts)
+    assert list(gallery.prompts[:2]) == ["class 3", "class 1"]
+    assert list(gallery.heldout) == [prompt not in seen for prompt in gallery.prompts]
+    first = show(loop.run, "current", task.sampler, gallery, 0)
+    loop.run.begin(7)
+    assert torch.equal(show(loop.run, "current", task.sampler, gallery, 0), first)
+    assert loop.run.ledger == Ledger()
+    move(loop)
+    moved = show(loop.run, "current", task.sampler, gallery, 0)
+    assert len(moved) == len(gallery.prompts) * gallery.size
+    assert not torch.equal(moved, first)
+    save_gallery(tmp_path, 3, gallery, moved)
+    assert torch.equal(load_file(tmp_path / "step_3.safetensors")["media"], moved)
+    assert json.loads((tmp_path / "prompts.json").read_text())["heldout"] == list(gallery.heldout)
+
+
+def test_drift_of_a_large_evaluation_is_that_of_an_even_share_of_its_samples() -> None:
+    task = replace(make_task(), heldout_prompts=["class 1", "class 3"])
+    loop = loop_of(task)
+    move(loop)
+    many = measure(loop.run, "current", task.sampler, 4 * DRIFT_SAMPLES, 0)
+    noise = Noise(0).named("evaluation")
+    every = 4 * DRIFT_SAMPLES
+    group = torch.arange(2).repeat_interleave(every // 2)
+    batch = loop.run.batch(group, group, heldout=True)
+    denoise = loop.run.denoiser("current")
+    with torch.no_grad():
+        x_t = start_state(denoise.process, noise, batch.index, task.model.shape)
+        x_0 = sample(denoise, task.sampler, x_t, batch.condition, noise=noise, index=batch.index)
+        drift = drift_of(loop.run, "current", x_0, batch, noise)
+    assert many.numbers["kl_reference"] == pytest.approx(float(drift[::4].mean()), rel=1e-5)
+    assert many.numbers["kl_reference"] != pytest.approx(float(drift.mean()), rel=1e-5)

@@ -21,6 +21,9 @@ from difftilt.training.monitors import Verdict
 
 KINDS = (*ROOMS, "recipes")
 
+SHOWN = 20
+"""Prompts that a table of steering lists."""
+
 SETTINGS: dict[str, type[Config]] = {"training": TrainingConfig, "steering": SteeringConfig}
 """Sections of a recipe that belong to no leaf."""
 
@@ -66,7 +69,8 @@ def check_table(results: Iterable[Result]) -> Table:
 def metric_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
     """One row per metric and one column per named row of metrics (before, after)."""
     table = Table("metric", *columns, box=None, header_style="bold")
-    names = dict.fromkeys(name for row in columns.values() for name in row)
+    # spreads are for machines and for error bars; a table of means has no room for them
+    names = dict.fromkeys(name for row in columns.values() for name in row if not name.endswith(("_std", "_tolerance")))
     for name in names:
         table.add_row(Text(name), *(f"{row[name]:.4g}" if name in row else "" for row in columns.values()))
     return table
@@ -85,14 +89,17 @@ def train_report(
 
 
 def steer_report(summary: Mapping[str, Any]) -> RenderableType:
-    """One row per prompt of a steering summary, and what it cost."""
+    """One row per prompt of a steering summary (at most :data:`SHOWN`), the means over all, and what it cost."""
     table = Table("prompt", "best reward", "mean reward", "log Z", "ancestors", box=None, header_style="bold")
-    for row in summary["prompts"]:
+    for row in summary["prompts"][:SHOWN]:
         log_z = "" if row["log_z"] is None else f"{row['log_z']:.4g}"
         numbers = (f"{row['reward_best']:.4g}", f"{row['reward_mean']:.4g}", log_z)
         table.add_row(Text(row["prompt"]), *numbers, str(row["ancestors"][-1]) if row["ancestors"] else "")
+    rest = len(summary["prompts"]) - SHOWN
+    more = [Text(f"and {rest} more prompts")] if rest > 0 else []
+    best = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items())
     cost = ", ".join(f"{name} {count}" for name, count in summary["ledger"].items())
-    return Group(table, Text(f"cost: {cost}"))
+    return Group(table, *more, Text(f"best sample of each prompt, mean: {best}"), Text(f"cost: {cost}"))
 
 
 def result_objects(results: Iterable[Result]) -> list[dict[str, Any]]:

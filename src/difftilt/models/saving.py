@@ -21,6 +21,7 @@ from difftilt.models.markov import MarkovPosterior
 from difftilt.models.masked_transformer import MaskedTransformer
 from difftilt.models.mixture import GaussianMixture, MixtureVelocity
 from difftilt.models.mlp import MLP
+from difftilt.models.text import TextEncoder
 from difftilt.process.gaussian import GaussianProcess, RectifiedFlow, VariancePreserving
 
 WEIGHTS = "model.safetensors"
@@ -61,6 +62,7 @@ CLASSES: Mapping[str, Callable[..., nn.Module]] = {
     "MarkovPosterior": _markov,
     "MaskedTransformer": MaskedTransformer,
     "MixtureVelocity": _mixture,
+    "TextEncoder": TextEncoder,
 }
 """What ``config.json`` may name: a builder that takes the config's values as keyword arguments."""
 

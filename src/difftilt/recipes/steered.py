@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from difftilt.models.ledger import Ledger
+from difftilt.rewards.protocol import Samples
+from difftilt.rewards.scoring import evaluate
 from difftilt.steering.protocol import Steered
 from difftilt.training.pictures import save_picture
+from difftilt.training.protocol import Task
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,24 @@ class SteerResult:
     Attributes:
         prompts: what was sampled for; ``steered.group`` points into them.
         steered: samples, weights and cost.
+        best: ``reward`` and every held-out reward of the best sample of a prompt, averaged over the prompts.
+        seconds: wall clock of the steering.
     """
 
     prompts: Sequence[str]
     steered: Steered
+    best: Mapping[str, float]
+    seconds: float
 
     def summary(self) -> dict[str, Any]:
         """Plain values: for each prompt best and weighted mean reward, log Z and how many lineages are left."""
-        return {"prompts": _rows(self.steered, self.prompts), "ledger": asdict(self.steered.ledger)}
+        rows = _rows(self.steered, self.prompts)
+        return {
+            "prompts": rows,
+            "best": dict(self.best),
+            "ledger": asdict(self.steered.ledger),
+            "seconds": self.seconds,
+        }
 
     def save(self, config: str, output: Path) -> None:
         """Write config, summary, samples and a picture; the directory appears whole or not at all.
@@ -48,6 +62,15 @@ class SteerResult:
             staging.replace(output)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def best_scores(task: Task, prompts: Sequence[str], steered: Steered) -> dict[str, float]:
+    """Reward and held-out rewards of the best sample of each prompt, averaged over prompts."""
+    group = torch.arange(len(prompts), device=steered.media.device)
+    samples = Samples(steered.media[steered.best], prompts, prompts, group, task.model.encode(prompts))
+    scores = {name: evaluate(reward, samples, Ledger()).total for name, reward in task.heldout.items()}
+    scores = {"reward": steered.rewards[steered.best], **scores}
+    return {name: float(values.double().mean()) for name, values in scores.items()}
 
 
 def _rows(steered: Steered, prompts: Sequence[str]) -> list[dict[str, Any]]:

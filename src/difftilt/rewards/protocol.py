@@ -66,6 +66,8 @@ class Capabilities:
         features: offers ``features(samples)`` for diversity and set statistics.
         trained: has ``update`` and ``snapshot``.
         cost: rough cost of one call in network evaluations; only ranks rewards.
+        tolerance: fall of its mean at which a monitor speaks, where it is only watched; None is one standard deviation
+            over samples.
     """
 
     differentiable: bool = False
@@ -73,6 +75,7 @@ class Capabilities:
     features: bool = False
     trained: bool = False
     cost: float = 0.0
+    tolerance: float | None = None
 
 
 @runtime_checkable

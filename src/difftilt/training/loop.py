@@ -17,10 +17,10 @@ from difftilt.sampling.noise import Noise
 from difftilt.training.checkpoint import newest_checkpoint, save_checkpoint
 from difftilt.training.config import OptimizerConfig, TrainingConfig
 from difftilt.training.experience import Experience
+from difftilt.training.gallery import gallery_of, save_gallery, show
 from difftilt.training.logs import append_row, read_rows, truncate_rows, write_text
 from difftilt.training.measure import Measured, diversity_of, measure, quick_drift
 from difftilt.training.monitors import Verdict, judge, summarise
-from difftilt.training.pictures import save_picture
 from difftilt.training.protocol import Method, Task
 from difftilt.training.run import LoopRun
 from difftilt.training.state import check_saved, put_back, state_of
@@ -28,6 +28,7 @@ from difftilt.training.update import Updater
 from difftilt.training.world import World, join_world
 
 Row = dict[str, float]
+BEFORE = "before.json"
 Hook = Callable[[Mapping[str, float], Sequence[Verdict]], None]
 """Called after every iteration with its row of metrics and the verdicts of the monitors."""
 
@@ -66,6 +67,7 @@ class Loop:
     compared: bool = False
     rows: list[Row] = field(default_factory=list[Row])
     verdicts: list[Verdict] = field(default_factory=list[Verdict])
+    before: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
     def writes(self) -> Path | None:
@@ -108,7 +110,7 @@ class Loop:
         self.rows.append(row)
         if self.writes is not None:
             append_row(self.writes / "metrics.jsonl", row)
-        verdicts = judge(self.rows, self.config.monitors)
+        verdicts = judge(self.rows, self.config.monitors, self.before)
         self.verdicts += verdicts
         for hook in self.hooks if self.run.world.main else ():
             hook(row, verdicts)
@@ -119,7 +121,9 @@ class Loop:
         count = self.config.evaluation_samples
         measured = measure(self.run, self.method.evaluated_role, sampler, count, self.config.seed)
         if self.writes is not None:
-            save_picture(self.writes / "samples", f"step_{step}", measured.samples.media)
+            gallery = gallery_of(self.run.task)
+            media = show(self.run, self.method.evaluated_role, sampler, gallery, self.config.seed)
+            save_gallery(self.writes / "samples", step, gallery, media)
         return measured
 
     def save(self, step: int) -> None:
@@ -151,8 +155,9 @@ class Loop:
             truncate_rows(self.writes / "metrics.jsonl", self.start)
         self.run.world.barrier()
         self.rows = read_rows(self.directory / "metrics.jsonl")
+        self.before = _stored_before(self.directory)
         for count in range(1, len(self.rows) + 1):
-            self.verdicts += judge(self.rows[:count], self.config.monitors)
+            self.verdicts += judge(self.rows[:count], self.config.monitors, self.before)
 
 
 def train_task(
@@ -189,8 +194,8 @@ def train_task(
     loop = assemble(task, method, config, directory, laws, hooks, world)
     if resume:
         loop.restore()
-    before = _before(loop, resume)
-    if not resume:
+    else:
+        loop.before = _before(loop)
         loop.save(0)
     for iteration in range(loop.start, config.iterations):
         loop.iterate(iteration)
@@ -198,9 +203,9 @@ def train_task(
             loop.save(iteration + 1)
     after = {name[8:]: value for name, value in loop.rows[-1].items() if name.startswith("heldout/")}
     if loop.writes is not None:
-        summary = {"before": before, "after": after, "verdicts": summarise(loop.verdicts)}
+        summary = {"before": loop.before, "after": after, "verdicts": summarise(loop.verdicts)}
         write_text(loop.writes / "summary.json", json.dumps(summary, indent=1))
-    return TrainResult(directory, loop.rows, before, after, loop.verdicts, loop.run)
+    return TrainResult(directory, loop.rows, loop.before, after, loop.verdicts, loop.run)
 
 
 def assemble(
@@ -250,20 +255,23 @@ def _named_by_role(means: Row, role: str | tuple[str, ...]) -> Row:
     return {f"{name}/{role if isinstance(role, str) else '+'.join(role)}": value for name, value in means.items()}
 
 
-def _before(loop: Loop, resume: bool) -> dict[str, float]:
-    """The evaluation before training: measured once, kept in the run directory."""
-    path = None if loop.directory is None else loop.directory / "before.json"
-    if resume and path is not None and path.exists():
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): start again in a new directory") from error
-    if loop.start > 0:
-        raise UserError(f"{path} is missing: the run directory was changed; start again in a new one")
+def _before(loop: Loop) -> dict[str, float]:
+    """Measure before training; the numbers are kept in the run directory."""
     numbers = loop.evaluate(0).numbers
     if loop.writes is not None:
-        write_text(loop.writes / "before.json", json.dumps(numbers, indent=1))
+        write_text(loop.writes / BEFORE, json.dumps(numbers, indent=1))
     return numbers
+
+
+def _stored_before(directory: Path) -> dict[str, float]:
+    """The evaluation before training, as the run wrote it when it began."""
+    path = directory / BEFORE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: the run directory was changed; start again in a new one") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): start again in a new directory") from error
 
 
 def _reward_row(run: LoopRun, experience: Experience) -> Row:

@@ -1,9 +1,10 @@
 """Measuring a model on held-out prompts at fixed noise: reward, drift and diversity side by side."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from difftilt.models.ledger import Ledger
@@ -20,6 +21,8 @@ from difftilt.training.run import LoopRun
 from difftilt.training.world import World
 from difftilt.trees import take
 
+DRIFT_SAMPLES = 128
+"""Samples whose path KL is computed: it costs five times as much as sampling them in eight steps."""
 DRIFT_STEPS = 20
 """Steps of the grid on which the path KL is summed: its own, so that numbers do not depend on a method's sampler."""
 
@@ -29,7 +32,10 @@ class Measured:
     """One evaluation.
 
     Attributes:
-        numbers: ``reward``, ``reward/<component>``, every held-out reward, ``kl_reference``, ``diversity``.
+        numbers: ``reward``, ``reward/<component>``, every held-out reward, ``kl_reference``, ``diversity``. Of reward
+            and held-out rewards also ``<name>_std``, the population std over samples, and ``<name>_tolerance`` where
+            the reward declares one; of the task's headline also
+            ``<name>@<category>``, the mean over the prompts of each category that the task knows.
         samples: decoded, of this process.
     """
 
@@ -47,30 +53,44 @@ def measure(run: LoopRun, role: str, sampler: Sampler, count: int, seed: int) ->
         count: samples over all prompts and processes; every prompt gets at least two.
         seed: of prompts and noise.
     """
-    groups = _heldout_groups(run, count)
+    groups, size = _heldout_groups(run, count)
     # where a process would go without a group, every process measures all of them: sets stay whole, numbers equal
     run = replace(run, ledger=Ledger(), world=run.world if groups >= run.world.size else World())
     noise = Noise(seed).named("evaluation")
     with torch.no_grad():
-        batch = _heldout_batch(run, groups, max(2, count // groups))
-        denoise = run.denoiser(role, sampler.guidance)
-        x_t = start_state(denoise.process, noise, batch.index, run.task.model.shape)
-        x_0 = sample(denoise, sampler, x_t, batch.condition, noise=noise, index=batch.index)
+        batch = heldout_batch(run, count)
+        x_0 = draw(run, role, sampler, batch, noise)
         samples = run.samples(x_0, batch, heldout=True)
-        numbers = _rewards(run, samples)
-        drift = drift_of(run, role, x_0, batch, noise)
+        numbers = numbers_of(run, samples)
+        few = batch.index % max(1, groups * size // DRIFT_SAMPLES) == 0
+        drift = drift_of(run, role, x_0[few], take(batch, few.nonzero()[:, 0]), noise)
         numbers["kl_reference"] = float(run.world.gather(drift).mean())
-        numbers["diversity"] = diversity_of(run, samples.media, batch.group)
     return Measured(numbers, samples)
 
 
-def _heldout_groups(run: LoopRun, count: int) -> int:
-    """One group for every held-out prompt, or as many as there are pairs of samples."""
-    return min(len(run.task.heldout_prompts), max(1, count // 2))
+def draw(
+    run: LoopRun, role: str, sampler: Sampler, batch: PromptBatch, noise: Noise
+) -> Shaped[Tensor, "samples *shape"]:
+    """Plain sampling with the weights of ``role``, counted in the run's ledger."""
+    denoise = run.denoiser(role, sampler.guidance)
+    x_t = start_state(denoise.process, noise, batch.index, run.task.model.shape)
+    return sample(denoise, sampler, x_t, batch.condition, noise=noise, index=batch.index)
 
 
-def _heldout_batch(run: LoopRun, groups: int, size: int) -> PromptBatch:
-    """This process's share of whole groups, spread over the held-out prompts."""
+def numbers_of(run: LoopRun, samples: Samples) -> dict[str, float]:
+    """All that is known of samples of held-out prompts without their model: every number but ``kl_reference``."""
+    return _rewards(run, samples) | {"diversity": diversity_of(run, samples.media, samples.group)}
+
+
+def _heldout_groups(run: LoopRun, count: int) -> tuple[int, int]:
+    """One group for every held-out prompt, or as many as there are pairs of samples; and the samples of each."""
+    groups = min(len(run.task.heldout_prompts), max(1, count // 2))
+    return groups, max(2, count // groups)
+
+
+def heldout_batch(run: LoopRun, count: int) -> PromptBatch:
+    """This process's share of whole groups, spread over the held-out prompts; at least two samples in each."""
+    groups, size = _heldout_groups(run, count)
     prompts, rank, processes = len(run.task.heldout_prompts), run.world.rank, run.world.size
     share = torch.arange(rank * groups // processes, (rank + 1) * groups // processes)
     group = share.repeat_interleave(size)
@@ -79,10 +99,27 @@ def _heldout_batch(run: LoopRun, groups: int, size: int) -> PromptBatch:
 
 def _rewards(run: LoopRun, samples: Samples) -> dict[str, float]:
     scores = run.score(samples)
-    columns = {"reward": scores.total} | {f"reward/{name}": value for name, value in scores.components.items()}
+    numbers = {f"reward/{name}": float(run.gather(value)[0].mean()) for name, value in scores.components.items()}
+    columns = {"reward": scores.total}
+    columns |= {name: run.score_with(reward, samples).total for name, reward in run.task.heldout.items()}
+    for name, column in columns.items():
+        values = run.gather(column.double())[0]
+        numbers |= {name: float(values.mean()), f"{name}_std": float(values.std(correction=0))}
     for name, reward in run.task.heldout.items():
-        columns[name] = run.score_with(reward, samples).total
-    return {name: float(run.world.gather(column).mean()) for name, column in columns.items()}
+        if reward.capabilities.tolerance is not None:
+            numbers[f"{name}_tolerance"] = reward.capabilities.tolerance
+    return numbers | _by_category(run, columns[run.task.headline], samples.prompts)
+
+
+def _by_category(run: LoopRun, column: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    """Mean of the headline over the prompts of each category that has any."""
+    task = run.task
+    if task.categories is None:
+        return {}
+    names = list(dict.fromkeys(map(task.categories, task.heldout_prompts)))
+    place = torch.tensor([names.index(task.categories(prompt)) for prompt in prompts], dtype=torch.int64)
+    values, places = run.gather(column.double(), place.to(column.device))
+    return {f"{task.headline}@{names[one]}": float(values[places == one].mean()) for one in places.unique().tolist()}
 
 
 def drift_of(run: LoopRun, role: str, x_0: Tensor, batch: PromptBatch, noise: Noise) -> Float[Tensor, " samples"]:

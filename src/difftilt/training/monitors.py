@@ -3,7 +3,7 @@
 A monitor is a pure function of the rows of ``metrics.jsonl``, so a resumed run judges as an uninterrupted one does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import cast
 
@@ -21,6 +21,9 @@ class MonitorConfig(Config):
     """Largest path KL to the reference, in nats."""
     diversity: float = Field(default=0.5, ge=0, le=1)
     """Smallest share of the first iteration's within-group diversity."""
+    heldout_fall: float = Field(default=1.0, gt=0)
+    """Largest fall of a held-out reward since before training, in units of the tolerance that it declares, or else of
+    its standard deviation over the samples then."""
     heldout_gap: float = Field(default=0.5, gt=0)
     """Largest part of the gain in training reward that held-out prompts may lack."""
     clip_fraction: float = Field(default=0.5, gt=0, le=1)
@@ -49,29 +52,44 @@ class Verdict:
     advice: str
 
 
+Measure = Callable[[Sequence[Row], Mapping[str, float]], float | None]
+"""(rows so far, evaluation before training) -> number, or None where there is nothing to judge."""
+
+
 @dataclass(frozen=True)
 class Monitor:
     """A name, the number it watches, whether that may not rise above or fall below its threshold, and the advice."""
 
     name: str
-    measure: Callable[[Sequence[Row]], float | None]
+    measure: Measure
     above: bool
     advice: str
 
 
-def _last(name: str) -> Callable[[Sequence[Row]], float | None]:
-    return lambda rows: rows[-1].get(name)
+def _last(name: str) -> Measure:
+    return lambda rows, before: rows[-1].get(name)
 
 
-def _share_of_first(name: str) -> Callable[[Sequence[Row]], float | None]:
-    def measure(rows: Sequence[Row]) -> float | None:
+def _share_of_first(name: str) -> Measure:
+    def measure(rows: Sequence[Row], before: Mapping[str, float]) -> float | None:
         first, now = rows[0].get(name), rows[-1].get(name)
         return None if first is None or now is None or first <= 0 else now / first
 
     return measure
 
 
-def _heldout_gap(rows: Sequence[Row]) -> float | None:
+def _heldout_fall(rows: Sequence[Row], before: Mapping[str, float]) -> float | None:
+    """The largest fall of any held-out reward, in units of its tolerance or of its spread before training."""
+    falls = [
+        (before[name] - rows[-1][f"heldout/{name}"]) / unit
+        for name in before
+        if (unit := before.get(f"{name}_tolerance", before.get(f"{name}_std", 0.0))) > 0
+        and f"heldout/{name}" in rows[-1]
+    ]
+    return max(falls, default=None)
+
+
+def _heldout_gap(rows: Sequence[Row], before: Mapping[str, float]) -> float | None:
     """1 - (gain on held-out prompts)/(gain on training prompts); only once training has gained something."""
     seen = [row for row in rows if {"heldout/reward", "reward_mean", "reward_std"} <= row.keys()]
     if len(seen) < 2:
@@ -95,6 +113,13 @@ MONITORS = (
         False,
         "samples of one prompt have become alike: raise the KL weight, or reward diversity; the reward is being hacked "
         "if it still rises",
+    ),
+    Monitor(
+        "heldout_fall",
+        _heldout_fall,
+        True,
+        "a reward that is only watched has fallen far: what is rewarded no longer stands for what is wanted; look at "
+        "samples, raise the KL weight, or make the watched reward a part of the reward",
     ),
     Monitor(
         "heldout_gap",
@@ -126,11 +151,11 @@ MONITORS = (
 )
 
 
-def judge(rows: Sequence[Row], config: MonitorConfig) -> list[Verdict]:
-    """Verdicts on the newest row, given all rows so far."""
+def judge(rows: Sequence[Row], config: MonitorConfig, before: Mapping[str, float]) -> list[Verdict]:
+    """Verdicts on the newest row, given all rows so far and the evaluation before training."""
     verdicts: list[Verdict] = []
     for monitor in MONITORS:
-        value = monitor.measure(rows)
+        value = monitor.measure(rows, before)
         threshold: float = getattr(config, monitor.name)
         if value is not None and (value > threshold if monitor.above else value < threshold):
             verdicts.append(Verdict(monitor.name, int(rows[-1]["iteration"]), value, threshold, monitor.advice))

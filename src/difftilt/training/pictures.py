@@ -13,8 +13,15 @@ from torch import Tensor
 SHOWN = 64
 
 
-def save_picture(directory: Path, name: str, media: Tensor) -> Path:
-    """A grid of images, a scatter plot of other floats, or a list of tokens as JSON; returns the file written."""
+def save_picture(directory: Path, name: str, media: Tensor, columns: int | None = None) -> Path:
+    """A grid of images, a scatter plot of other floats, or a list of tokens as JSON; returns the file written.
+
+    Args:
+        directory: made if it is not there.
+        name: without suffix.
+        media: at most :data:`SHOWN` images or tokens are shown, evenly over the batch, unless ``columns`` is given.
+        columns: of the grid of images, all of which are then shown; None makes a square.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     media = media.detach().cpu()
     if not media.is_floating_point():
@@ -23,7 +30,8 @@ def save_picture(directory: Path, name: str, media: Tensor) -> Path:
         return path
     path = directory / f"{name}.png"
     if media.dim() == 4:
-        image_grid(_spread(media).float()).save(path)
+        shown = _spread(media) if columns is None else media
+        image_grid(shown.float(), columns).save(path)
     else:
         _scatter(media.flatten(1)[:1024].float(), path)
     return path
@@ -34,10 +42,10 @@ def _spread(media: Tensor) -> Tensor:
     return media[torch.linspace(0, len(media) - 1, min(SHOWN, len(media))).round().long()]
 
 
-def image_grid(images: Float[Tensor, "batch channel height width"]) -> Image.Image:
+def image_grid(images: Float[Tensor, "batch channel height width"], columns: int | None = None) -> Image.Image:
     """Images in [0, 1] in rows, small ones enlarged without smoothing; of other than 3 channels the first in grey."""
     count, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     scale = max(1, 64 // max(height, width))
     rows = math.ceil(count / columns)
     canvas = torch.ones(rows * (height + 1) - 1, columns * (width + 1) - 1, 3)

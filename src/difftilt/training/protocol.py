@@ -26,6 +26,8 @@ class Task:
         prompts: training prompts; ``heldout_prompts`` are never trained on.
         sampler: default sampling for rollout and evaluation.
         features: media -> (batch, dim) float features for diversity; default is the flattened media.
+        headline: the number that a comparison quotes: ``reward``, or the name of a held-out reward.
+        categories: prompt -> the kind of prompt it is; evaluations then report the headline of each kind as well.
         temperature: beta of the tilted target where the testbed knows it exactly; None otherwise.
         data: offline experience for methods that learn from it (preferred samples, scored groups).
         environment: for control; its rewards take the place of ``reward``.
@@ -39,6 +41,8 @@ class Task:
     sampler: Sampler
     heldout: Mapping[str, Reward] = field(default_factory=dict[str, Reward])
     features: Callable[[Tensor], Tensor] | None = None
+    headline: str = "reward"
+    categories: Callable[[str], str] | None = None
     temperature: float | None = None
     data: Experience | None = None
     environment: "Environment | None" = None

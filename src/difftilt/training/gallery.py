@@ -1,0 +1,80 @@
+"""Samples that are looked at: a few prompts, trained and held out, with the same noise at every evaluation."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Shaped
+from safetensors.torch import save_file
+from torch import Tensor
+
+from difftilt.models.ledger import Ledger
+from difftilt.sampling.noise import Noise
+from difftilt.sampling.protocol import Sampler
+from difftilt.sampling.rollout import sample, start_state
+from difftilt.training.logs import write_text
+from difftilt.training.pictures import save_picture
+from difftilt.training.protocol import Task
+from difftilt.training.run import LoopRun
+
+PROMPTS = "prompts.json"
+HELDOUT, TRAINED = 10, 5
+"""How many held-out and how many training prompts are shown, at most."""
+IMAGES, OTHERS = 6, 512
+"""Images per prompt; samples over all prompts of anything that is drawn as a cloud or a list."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What is shown.
+
+    Attributes:
+        prompts: in order.
+        heldout: of each prompt, whether training never sees it.
+        size: samples per prompt.
+    """
+
+    prompts: Sequence[str]
+    heldout: Sequence[bool]
+    size: int
+
+
+def gallery_of(task: Task) -> Gallery:
+    """The first different prompts of a task, held-out ones before training ones."""
+    heldout = list(dict.fromkeys(task.heldout_prompts))[:HELDOUT]
+    unseen = set(task.heldout_prompts) - set(task.prompts)
+    trained = [prompt for prompt in dict.fromkeys(task.prompts) if prompt not in heldout][:TRAINED]
+    prompts = [*heldout, *trained]
+    images = len(task.model.shape) >= 3 and not task.model.dtype_tokens
+    size = IMAGES if images else max(1, OTHERS // len(prompts))
+    return Gallery(prompts, [prompt in unseen for prompt in prompts], size)
+
+
+def show(run: LoopRun, role: str, sampler: Sampler, gallery: Gallery, seed: int) -> Shaped[Tensor, "samples ..."]:
+    """Decoded samples of the gallery, those of one prompt together; costs the run's ledger nothing."""
+    noise = Noise(seed).named("gallery")
+    denoise = replace(run, ledger=Ledger()).denoiser(role, sampler.guidance)
+    index = torch.arange(len(gallery.prompts) * gallery.size, device=run.device)
+    with torch.no_grad():
+        condition = run.encode([prompt for prompt in gallery.prompts for _ in range(gallery.size)])
+        x_t = start_state(denoise.process, noise, index, run.task.model.shape)
+        return run.task.model.decode(sample(denoise, sampler, x_t, condition, noise=noise, index=index))
+
+
+def save_gallery(directory: Path, step: int, gallery: Gallery, media: Shaped[Tensor, "samples ..."]) -> None:
+    """Write ``prompts.json``, ``step_<N>.safetensors`` and a picture to look at.
+
+    Args:
+        directory: ``samples`` of a run.
+        step: iterations trained.
+        gallery: whose samples these are.
+        media: prompts outermost; images are stored as bytes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / PROMPTS, json.dumps(asdict(gallery), indent=1))
+    media = media.detach().cpu()
+    stored = (media.float() * 255).round().clamp(0, 255).byte() if media.dim() == 4 else media
+    save_file({"media": stored.contiguous().clone()}, directory / f"step_{step}.safetensors")
+    save_picture(directory, f"step_{step}", media, columns=gallery.size if media.dim() == 4 else None)
