@@ -52,6 +52,12 @@ def test_frechet_of_singular_covariances() -> None:
     assert frechet_from_moments(mean, 4 * eye, mean + 1, eye).item() == pytest.approx(3 + 3 * (2 - 1) ** 2)
 
 
+def test_frechet_of_few_rows_in_many_dimensions_agrees_with_their_moments() -> None:
+    x, y = normal(0, 9, 30) @ normal(1, 30, 30), 2 * normal(2, 7, 30) + 1
+    expected = frechet_from_moments(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    assert frechet_distance(x, y).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_mmd_equals_the_double_loop() -> None:
     x, y = normal(0, 6, 3), normal(1, 4, 3) + 0.5
 

@@ -1,7 +1,8 @@
 """The Python interface: what the command line does, with objects in and out."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,12 +10,15 @@ from torch import nn
 
 from difftilt.checks.collect import collect, run
 from difftilt.checks.proof import Result
+from difftilt.evaluation.arena import compare_arena
+from difftilt.evaluation.arena_records import ArenaResult
+from difftilt.evaluation.report import write_report
 from difftilt.models.denoiser import denoiser
 from difftilt.recipes.building import build_task, laws_of, require
 from difftilt.recipes.directory import CONFIG, check_output, run_directory
 from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe
 from difftilt.recipes.schema import Recipe, load_recipe
-from difftilt.recipes.steered import SteerResult
+from difftilt.recipes.steered import SteerResult, best_scores
 from difftilt.rewards import as_reward
 from difftilt.sampling.noise import Noise
 from difftilt.steering.protocol import Progress, Steerer
@@ -90,7 +94,10 @@ def steer(
         task.model.network.to(typed.steering.device)
     model = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=typed.steering.forward_batch)
     noise = Noise(typed.steering.seed)
-    result = SteerResult(prompts, steerer.steer(task, model, as_reward(task.reward), prompts, noise, progress=progress))
+    began = time.perf_counter()
+    steered = steerer.steer(task, model, as_reward(task.reward), prompts, noise, progress=progress)
+    seconds = time.perf_counter() - began
+    result = SteerResult(prompts, steered, best_scores(task, prompts, steered), seconds)
     if output is not None:
         result.save(typed.to_yaml(), Path(output))
     return result
@@ -108,6 +115,53 @@ def evaluate(what: RecipeLike, *, overrides: Sequence[str] = (), **settings: obj
         return evaluate_recipe(_typed(what, overrides, settings), None)
     checkpoint = checkpoint_of(Path(what))
     return evaluate_recipe(_typed(Path(what) / CONFIG, overrides, settings), checkpoint)
+
+
+def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write one self-contained HTML page about runs of training and of steering, finished or not.
+
+    Args:
+        runs: one run directory or several, shown side by side.
+        output: file to write; None is ``report.html`` in the first run directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: if a path is no run directory, or the file cannot be written or would replace something else.
+    """
+    return write_report([runs] if isinstance(runs, str | Path) else runs, output)
+
+
+def compare(
+    recipe: str | Path | Mapping[str, Any],
+    output: str | Path,
+    *,
+    resume: bool = False,
+    progress: Callable[[str], None] | None = None,
+    overrides: Sequence[str] = (),
+    **settings: object,
+) -> ArenaResult:
+    """Several methods and steerers on one task at equal cost, over seeds.
+
+    Args:
+        recipe: of an arena: a packaged name such as ``arena/digits``, a path, or plain values.
+        output: new directory for ``config.yaml``, ``result.json``, ``table.md``, ``picture.png`` and one record per
+            member and seed; or with ``resume`` the one of the same arena.
+        resume: leave out what is done.
+        progress: called with a sentence whenever there is something to tell.
+        overrides: ``dotted.key=value``, as on the command line.
+        settings: the same by keyword, e.g. ``**{"arena.seeds": [0]}``.
+
+    Raises:
+        UserError: for everything that is wrong before any work is done, budgets that a member cannot meet included.
+    """
+    chosen = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
+    return compare_arena(recipe, Path(output), chosen, resume=resume, tell=progress or _silent)
+
+
+def _silent(text: str) -> None:
+    """Tells nothing."""
 
 
 def check(names: Iterable[str] = (), quick: bool = False) -> list[Result]:

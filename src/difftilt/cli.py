@@ -130,6 +130,39 @@ def evaluate(
     _print_json(metrics) if as_json else _print(tables.metric_table({"value": metrics}))
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories written by train or steer.")],
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default: report.html in the first run.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write one self-contained HTML page about one run, or several side by side; unfinished ones too."""
+    from difftilt import api
+
+    sys.stdout.write(f"{api.report(runs, output)}\n")
+
+
+@app.command()
+def compare(
+    recipe: RecipeName,
+    output: Annotated[Path, typer.Option(help="Directory; must be new or empty unless --resume is given.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out what is done.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods and steerers on one task at equal cost, over seeds (recipes arena/NAME)."""
+    from difftilt import api
+    from difftilt.evaluation.arena_tables import arena_report
+
+    result = api.compare(recipe, output, resume=resume, overrides=overrides or [], progress=_line)
+    _print_json(result.model_dump(mode="json", exclude_none=True)) if as_json else _print(arena_report(result))
+    if not as_json:
+        _print(f"tables, picture and records: {output}")
+
+
 @app.command("list")
 def list_(
     kind: Annotated[str, typer.Argument(help="methods, steerers, rewards, models, testbeds or recipes.")],

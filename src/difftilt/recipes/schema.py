@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from pydantic import Field
 
 from difftilt.config import Config, Problems, dump
+from difftilt.errors import UserError
 from difftilt.leaves import nearest
 from difftilt.recipes.loading import read
 from difftilt.recipes.parts import Part, read_part
@@ -105,6 +106,8 @@ def _full_key(override: str, shortcuts: Mapping[str, str]) -> str:
 
 def type_recipe(values: Mapping[str, Any], source: str) -> Recipe:
     """Plain values as a typed recipe."""
+    if "members" in values:
+        raise UserError(f"{source} is an arena, it has a section 'members': use `difftilt compare`")
     problems = Problems()
     for key in values:
         if key not in SECTIONS:

@@ -31,9 +31,19 @@ def frechet_from_moments(
 
 
 def frechet_distance(x: Points, y: Others) -> Float[Tensor, ""]:
-    """:func:`frechet_from_moments` of two samples with unbiased covariances; at least 2 rows each."""
+    """:func:`frechet_from_moments` of two samples with unbiased covariances; at least 2 rows each.
+
+    With fewer rows than dimensions the trace of the root is found without a covariance: for centred rows X and Y,
+    C_x C_y has the non-zero eigenvalues of M M^T/((n - 1)(m - 1)) with M = X Y^T, so it is the sum of the singular
+    values of M over the root of (n - 1)(m - 1).
+    """
     x, y = x.double(), y.double()
-    return frechet_from_moments(x.mean(0), covariance(x), y.mean(0), covariance(y))
+    if max(len(x), len(y)) >= x.shape[1]:
+        return frechet_from_moments(x.mean(0), covariance(x), y.mean(0), covariance(y))
+    gap, x, y = (x.mean(0) - y.mean(0)).square().sum(), x - x.mean(0), y - y.mean(0)
+    n, m = len(x) - 1, len(y) - 1
+    root = torch.linalg.svdvals(x @ y.T).sum() / (n * m) ** 0.5
+    return gap + x.square().sum() / n + y.square().sum() / m - 2 * root
 
 
 def covariance(x: Points) -> Float[Tensor, "dim dim"]:

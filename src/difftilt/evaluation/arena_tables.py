@@ -1,0 +1,147 @@
+"""Tables of an arena: one row per member at each budget, means and spread over seeds."""
+
+import html
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Column, Table
+from rich.text import Text
+
+from difftilt.evaluation.arena_records import ArenaResult, Entry, Reading
+from difftilt.evaluation.cost import CURRENCIES, GRADIENT_PASS, WORDS, Currency, evaluations, spent
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table in words: a title, the names of its columns, and rows of cells."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def grids(result: ArenaResult) -> list[Grid]:
+    """The tables of a result: both budgets, and below each the numbers per category where there are any."""
+    found: list[Grid] = []
+    for currency in CURRENCIES:
+        title = f"At equal {WORDS[currency]}: {grouped(result.budget(currency))}"
+        found.append(_main(result, currency, title))
+        categories = [name for name in _names(result) if "@" in name]
+        if categories:
+            found.append(_plain(result, currency, f"{title}, by category", categories))
+    return found
+
+
+def basis(result: ArenaResult) -> str:
+    """For how many samples the tables hold, and in what currency."""
+    count = result.recipe["arena"]["samples"]
+    seeds = len(result.recipe["arena"]["seeds"])
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    return (
+        f"Cost until {count} samples exist, training included; evaluations are forward passes plus {GRADIENT_PASS} for "
+        f"every gradient pass. Training is paid once however many samples follow, steering for each of them: the order "
+        f"holds for {count} samples. Numbers: {spread}."
+    )
+
+
+def markdown_tables(result: ArenaResult) -> str:
+    """The tables as Markdown; free text is escaped."""
+    parts = [basis(result)]
+    for grid in grids(result):
+        lines = [f"### {grid.title}", "", _line(map(escaped, grid.header)), _line(["---"] * len(grid.header))]
+        parts.append("\n".join([*lines, *(_line(map(escaped, row)) for row in grid.rows)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def arena_report(result: ArenaResult) -> RenderableType:
+    """The same for a terminal, turned round: a column per member, since members are fewer than numbers."""
+    parts: list[RenderableType] = []
+    for grid in grids(result):
+        columns = [grid.header, *grid.rows]
+        table = Table(*(Column(Text(column[0])) for column in columns), title=Text(grid.title), title_justify="left")
+        table.box = None
+        for cells in zip(*(column[1:] for column in columns), strict=True):
+            table.add_row(*map(Text, cells))
+        parts.append(table)
+    return Group(*parts, Text(basis(result)))
+
+
+def escaped(text: str) -> str:
+    """Free text as Markdown shows it literally, inside a table too."""
+    safe = html.escape(text, quote=False)
+    for mark in "\\`*_[]|~$":
+        safe = safe.replace(mark, f"\\{mark}")
+    return safe
+
+
+def grouped(count: float) -> str:
+    """A whole number with a thin gap at thousands."""
+    return f"{count:,.0f}".replace(",", " ")
+
+
+def _line(cells: "Sequence[str] | map[str]") -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _main(result: ArenaResult, currency: Currency, title: str) -> Grid:
+    names = [name for name in _names(result) if _headline(name)]
+    header = ["member", "setting", "evaluations", "reward calls", f"share of {WORDS[currency]}", *names, "seconds"]
+    rows: list[list[str]] = []
+    for entry in result.members:
+        readings = _readings(result, entry, currency)
+        cost = [_mean(readings, lambda one: evaluations(one.cost)), _mean(readings, lambda one: one.cost.reward_calls)]
+        share = _mean(readings, lambda one: spent(one.cost, currency) / result.budget(currency))
+        cells = [_setting(readings), *map(grouped, cost), f"{share:.0%}"]
+        numbers = [_cell(readings, name) for name in names]
+        rows.append([entry.name, *cells, *numbers, f"{_mean(readings, lambda one: one.seconds):.0f}"])
+    return Grid(title, header, rows)
+
+
+def _plain(result: ArenaResult, currency: Currency, title: str, names: list[str]) -> Grid:
+    rows = [
+        [entry.name, *(_cell(_readings(result, entry, currency), name) for name in names)] for entry in result.members
+    ]
+    return Grid(title, ["member", *names], rows)
+
+
+def _readings(result: ArenaResult, entry: Entry, currency: Currency) -> list[Reading]:
+    return [run.readings[currency] for run in result.of(entry.name)]
+
+
+def _names(result: ArenaResult) -> list[str]:
+    """Every number of any reading, in the order in which they come."""
+    readings = [reading for run in result.runs for reading in run.readings.values()]
+    return list(dict.fromkeys(name for reading in readings for name in reading.numbers))
+
+
+def _headline(name: str) -> bool:
+    """Not a component, a category, what belongs to another number, or the bound that stands in for a drift."""
+    return not (name.startswith("reward/") or name.endswith(("_std", "_tolerance", "_bound")) or "@" in name)
+
+
+def _setting(readings: Sequence[Reading]) -> str:
+    """Iterations or particles, with the range where seeds differ."""
+    for word in ("iterations", "particles"):
+        counts = [count for one in readings if (count := getattr(one, word)) is not None]
+        if counts:
+            span = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+            return f"{span} {word}"
+    return "untrained"
+
+
+def _mean(readings: Sequence[Reading], of: Callable[[Reading], float]) -> float:
+    return statistics.fmean(map(of, readings))
+
+
+def _cell(readings: Sequence[Reading], name: str) -> str:
+    """Mean and spread; a bound where only that is known; empty where nothing is."""
+    known = [one.numbers[name] for one in readings if name in one.numbers]
+    if name == "kl_reference" and not known:
+        bounds = [one.numbers["kl_bound"] for one in readings if "kl_bound" in one.numbers]
+        return f"≤ {max(bounds):.3g}" if bounds else ""
+    if len(known) < len(readings):
+        return ""
+    mean = f"{statistics.fmean(known):.3g}"
+    return f"{mean} ± {statistics.stdev(known):.2g}" if len(set(known)) > 1 else mean

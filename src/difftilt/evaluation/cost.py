@@ -1,0 +1,33 @@
+"""What a result cost, in the two currencies that members of an arena are compared in."""
+
+from typing import Literal
+
+from difftilt.models.ledger import Ledger
+
+GRADIENT_PASS = 3
+"""Evaluations that one gradient pass counts for: the forward pass, and a backward pass of about twice its work."""
+
+Currency = Literal["evaluations", "reward_calls"]
+"""What a budget is counted in."""
+
+CURRENCIES: tuple[Currency, ...] = ("evaluations", "reward_calls")
+
+WORDS: dict[Currency, str] = {"evaluations": "evaluations", "reward_calls": "reward calls"}
+"""The currencies as people write them."""
+
+
+def evaluations(cost: Ledger) -> int:
+    """Network evaluations: ``nfe + 3·gradient_passes``; other networks (``auxiliary_calls``) are not counted."""
+    return cost.nfe + GRADIENT_PASS * cost.gradient_passes
+
+
+def spent(cost: Ledger, currency: Currency) -> int:
+    """The cost in one currency."""
+    return evaluations(cost) if currency == "evaluations" else cost.reward_calls
+
+
+def times(cost: Ledger, count: int) -> Ledger:
+    """The cost of ``count`` equal things."""
+    return Ledger(
+        cost.nfe * count, cost.reward_calls * count, cost.gradient_passes * count, cost.auxiliary_calls * count
+    )

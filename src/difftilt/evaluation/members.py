@@ -1,0 +1,235 @@
+"""Running one member of an arena: the base, a steerer or a method, and how far a budget takes it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from difftilt.errors import GuardError
+from difftilt.evaluation.arena_config import Member
+from difftilt.evaluation.arena_records import MemberRun, Reading, finite, within
+from difftilt.evaluation.cost import CURRENCIES, WORDS, Currency, spent, times
+from difftilt.evaluation.stage import Sampling, Stage, noise_of, search_bound
+from difftilt.models.denoiser import denoiser
+from difftilt.models.ledger import Ledger
+from difftilt.rewards import as_reward
+from difftilt.sampling.protocol import Sampler
+from difftilt.steering.protocol import Steered, Steerer
+from difftilt.training.loop import Loop
+from difftilt.training.measure import heldout_batch, measure, numbers_of
+from difftilt.training.protocol import Task
+
+Counts = dict[Currency, int]
+
+Tell = Callable[[str], None]
+"""Called with a sentence on how far a member is."""
+
+PARTICLES_AT_ONCE = 4096
+"""Particles of one steering call: bounds the memory, and changes no number."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a member spends: ``fixed``, and ``unit`` as often as the budget allows.
+
+    Attributes:
+        fixed: spent whatever the budget: plain sampling of all samples, for those that sample plainly.
+        unit: of one iteration of training, as its first one was; or of one particle for each sample.
+        least: the smallest number of units that makes sense.
+        what: a unit in words.
+    """
+
+    fixed: Ledger
+    unit: Ledger
+    least: int
+    what: str
+
+    def units(self, currency: Currency, budget: int) -> int:
+        """The largest number of units within a budget; 0 for a member that has none."""
+        price = spent(self.unit, currency)
+        return (budget - spent(self.fixed, currency)) // price if price else 0
+
+    def problem(self, currency: Currency, budget: int) -> str | None:
+        """What is wrong with a budget: the member, the budget and the least that would do; None if nothing."""
+        if self.least and not spent(self.unit, currency):
+            return f"a budget of {WORDS[currency]} does not bound it, it makes none: leave the member out"
+        needed = spent(self.fixed, currency) + self.least * spent(self.unit, currency)
+        if needed <= budget:
+            return None
+        parts = " and ".join([self.what] if self.least else []) or "plain sampling"
+        return f"arena.{currency} = {budget} is too little for {parts}: give at least {needed}"
+
+
+def plan_of(stage: Stage, member: Member) -> Plan:
+    """Find out by the smallest trial what a unit costs, with the first seed."""
+    seed = stage.arena.config.seeds[0]
+    if member.steerer is not None:
+        _, trial = steer_all(stage, stage.task(member), member, 2, seed, samples=1)
+        count = stage.arena.config.samples
+        one = Ledger(*(-(-getattr(trial, name) // 2) for name in _FIELDS))
+        return Plan(Ledger(), times(one, count), 2, f"two particles for each of {count} samples")
+    if member.method is not None:
+        loop = stage.loop(member, seed)
+        fixed = stage.sampling(loop.run, loop.method.evaluated_role, loop.method.sampler(loop.run.task)).cost
+        loop.iterate(0)
+        return Plan(fixed, loop.run.ledger.copy(), 1, "one iteration of training and the samples")
+    task = stage.task(member)
+    return Plan(stage.sampling(stage.run(task, seed), "reference", base_sampler(task, member)).cost, Ledger(), 0, "")
+
+
+_FIELDS = ("nfe", "reward_calls", "gradient_passes", "auxiliary_calls")
+
+
+def run_member(stage: Stage, member: Member, plan: Plan, seed: int, tell: Tell) -> MemberRun:
+    """Both readings of a member."""
+    if member.steerer is not None:
+        return _steered(stage, member, plan, seed, tell)
+    if member.method is not None:
+        return _trained(stage, member, plan, seed, tell)
+    reading = base_reading(stage, member, seed)
+    return MemberRun(member=member.name, seed=seed, readings=dict.fromkeys(CURRENCIES, reading))
+
+
+def base_sampler(task: Task, member: Member) -> Sampler:
+    """The task's sampler, or its stochastic kernel on the same grid."""
+    return replace(task.sampler, solver=None) if member.base.sampler == "kernel" else task.sampler
+
+
+def base_reading(stage: Stage, member: Member, seed: int) -> Reading:
+    """The untrained model."""
+    task = stage.task(member)
+    run, sampler = stage.run(task, seed), base_sampler(task, member)
+    sampling = stage.sampling(run, "reference", sampler)
+    measured = measure(run, "reference", sampler, stage.arena.config.samples, seed)
+    numbers = finite(measured.numbers) | stage.drift(task, measured.samples, seed)
+    return Reading(numbers=numbers, cost=sampling.cost, seconds=sampling.seconds)
+
+
+def _steered(stage: Stage, member: Member, plan: Plan, seed: int, tell: Tell) -> MemberRun:
+    readings: dict[Currency, Reading] = {}
+    for currency in CURRENCIES:
+        budget = stage.arena.config.budget(currency)
+        particles = plan.units(currency, budget)
+        known = [reading for reading in readings.values() if reading.particles == particles]
+        readings[currency] = known[0] if known else steered_reading(stage, member, particles, seed, tell)
+        cost = spent(readings[currency].cost, currency)
+        if cost > budget:
+            raise GuardError(
+                f"{particles} particles cost {cost} {WORDS[currency]}, more than the budget of {budget}: the cost of "
+                "this steerer does not grow in proportion to its particles"
+            )
+    return MemberRun(member=member.name, seed=seed, readings=readings)
+
+
+def steered_reading(stage: Stage, member: Member, particles: int, seed: int, tell: Tell = lambda text: None) -> Reading:
+    """Steer with a number of particles and measure one sample of every call."""
+    assert member.steerer is not None
+    task, count = stage.task(member), stage.arena.config.samples
+    began = time.perf_counter()
+    x_0, cost = steer_all(stage, task, member, particles, seed, samples=count, tell=tell)
+    seconds = time.perf_counter() - began
+    run = replace(stage.run(task, seed), ledger=Ledger())
+    with torch.no_grad():
+        samples = run.samples(x_0, heldout_batch(run, count), heldout=True)
+        numbers = finite(numbers_of(run, samples)) | stage.drift(task, samples, seed)
+    if member.algorithm == "best-of-n":
+        numbers["kl_bound"] = search_bound(particles)
+    return Reading(numbers=numbers, cost=cost, seconds=seconds, particles=particles)
+
+
+def steer_all(
+    stage: Stage,
+    task: Task,
+    member: Member,
+    particles: int,
+    seed: int,
+    *,
+    samples: int,
+    tell: Tell = lambda text: None,
+) -> tuple[Float[Tensor, "samples *shape"] | Int[Tensor, "samples *shape"], Ledger]:
+    """Independent steering calls for the first ``samples`` of the held-out prompts, one sample from each, and the cost.
+
+    The sample is drawn by the weights of the particles: for best-of-n that is the best one.
+    """
+    assert member.steerer is not None
+    part, config = member.steerer, stage.arena.config
+    chosen = replace(part, config=type(part.config)(**(part.config.model_dump() | {"particles": particles})))
+    steerer = cast(Steerer, chosen.build(task))
+    run = stage.run(task, seed)
+    prompts = [task.heldout_prompts[int(place)] for place in heldout_batch(run, config.samples).prompt[:samples]]
+    model = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=config.forward_batch)
+    noise, reward = noise_of(seed), as_reward(task.reward)
+    found: list[Tensor] = []
+    cost = Ledger()
+    for index in torch.arange(samples).split(max(1, PARTICLES_AT_ONCE // particles)):
+        wanted = [prompts[int(place)] for place in index]
+        steered = steerer.steer(task, model, reward, wanted, noise, index=index)
+        where = noise.uniform(index, (), purpose="output").to(steered.weight)
+        found.append(steered.x_0[drawn_rows(steered, where)])
+        cost = cost + steered.ledger
+        tell(f"{particles} particles, {int(index[-1]) + 1} of {samples} samples")
+    return torch.cat(found), cost
+
+
+def drawn_rows(steered: Steered, uniform: Float[Tensor, " prompts"]) -> Int[Tensor, " prompts"]:
+    """For every prompt one row, drawn by the weights: the first whose cumulative weight exceeds the uniform.
+
+    Args:
+        steered: outcome.
+        uniform: in (0, 1), one for each prompt.
+    """
+    rows: list[Tensor] = []
+    for group, point in enumerate(uniform):
+        mine = (steered.group == group).nonzero()[:, 0]
+        total = steered.weight[mine].cumsum(0)
+        rows.append(mine[(total <= point * total[-1]).sum()])
+    return torch.stack(rows)
+
+
+def _trained(stage: Stage, member: Member, plan: Plan, seed: int, tell: Tell) -> MemberRun:
+    """Train until both budgets are spent; a reading is the last evaluation within its budget."""
+    loop, config = stage.loop(member, seed), stage.arena.config
+    budgets: Counts = {currency: config.budget(currency) for currency in CURRENCIES}
+    sampling = stage.sampling(loop.run, loop.method.evaluated_role, loop.method.sampler(loop.run.task))
+    curve = [trained_reading(stage, loop, sampling, 0, 0.0)]
+    largest: Counts = {currency: spent(plan.unit, currency) for currency in CURRENCIES}
+    iteration, seconds = 0, 0.0
+    while going := _within_reach(loop, sampling, largest, budgets):
+        before, began = loop.run.ledger.copy(), time.perf_counter()
+        loop.iterate(iteration)
+        iteration, seconds = iteration + 1, seconds + time.perf_counter() - began
+        cost = loop.run.ledger - before
+        largest = {currency: max(largest[currency], spent(cost, currency)) for currency in CURRENCIES}
+        closing = _within_reach(loop, sampling, largest, budgets) != going
+        if closing or iteration % member.training.evaluate_every == 0:
+            curve.append(trained_reading(stage, loop, sampling, iteration, seconds))
+            tell(_progress(curve[-1], budgets))
+    return MemberRun(member=member.name, seed=seed, readings=within(tuple(curve), budgets), curve=tuple(curve))
+
+
+def _within_reach(loop: Loop, sampling: Sampling, largest: Counts, budgets: Counts) -> list[Currency]:
+    """The budgets that one more iteration, at the largest cost so far, would not exceed."""
+    now = loop.run.ledger + sampling.cost
+    return [currency for currency in CURRENCIES if spent(now, currency) + largest[currency] <= budgets[currency]]
+
+
+def trained_reading(stage: Stage, loop: Loop, sampling: Sampling, iteration: int, seconds: float) -> Reading:
+    """An evaluation of the present weights."""
+    seed, task = loop.config.seed, loop.run.task
+    role, sampler = loop.method.evaluated_role, loop.method.sampler(task)
+    measured = measure(loop.run, role, sampler, stage.arena.config.samples, seed)
+    return Reading(
+        numbers=finite(measured.numbers) | stage.drift(task, measured.samples, seed),
+        cost=loop.run.ledger + sampling.cost,
+        seconds=seconds + sampling.seconds,
+        iterations=iteration,
+    )
+
+
+def _progress(reading: Reading, budgets: Counts) -> str:
+    shares = [f"{spent(reading.cost, one) / budgets[one]:.0%} of the {WORDS[one]}" for one in CURRENCIES]
+    return f"iteration {reading.iterations}, {' and '.join(shares)}, reward {reading.numbers['reward']:.4g}"

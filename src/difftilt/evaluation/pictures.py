@@ -1,0 +1,188 @@
+"""The pictures of a report: per prompt the samples before and after, of all runs that kept the same ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from difftilt.evaluation.charts import Cloud, limits_of, scatter_chart
+from difftilt.evaluation.reading import RunRecord
+from difftilt.evaluation.samples import Gallery, Particles, Stage, kind_of
+from difftilt.evaluation.sprites import Sprite, sprite, token_lines
+
+SHOWN = 12
+"""Prompts in view; the others are folded away."""
+
+PARTICLES = 16
+"""Particles of one prompt that are shown, those of the largest weight."""
+
+BEST = 80
+"""CSS pixels of the side of a best image."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One row of samples of one prompt: an image, or lines of text.
+
+    Attributes:
+        label: stage, or what the steerer made of the prompt.
+        run: place of the run whose colour and name stand beside it; None for what all runs share.
+        image: of all samples.
+        lines: of tokens.
+    """
+
+    label: str
+    run: int | None
+    image: Sprite | None = None
+    lines: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption and its rows."""
+
+    text: str
+    heldout: bool
+    strips: Sequence[Strip]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A scatter plot, its caption, whose it is, and whether it is of before training."""
+
+    label: str
+    run: int
+    before: bool
+    svg: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is shown of one or several runs together.
+
+    Attributes:
+        runs: places of the runs.
+        note: how to read them.
+        prompts, more: captions with rows, the first ones and the folded rest.
+        plots: of vectors.
+    """
+
+    runs: Sequence[int]
+    note: str
+    prompts: Sequence[Prompt] = ()
+    more: Sequence[Prompt] = ()
+    plots: Sequence[Plot] = field(default_factory=list[Plot])
+
+
+def pictures(records: Sequence[RunRecord], first: int) -> list[Pictures]:
+    """Groups of pictures; runs with galleries of the same prompts stand in one group.
+
+    Args:
+        records: in the order of the report.
+        first: number of the first chart that may be drawn here.
+    """
+    groups: dict[object, list[tuple[int, Gallery]]] = {}
+    for place, record in enumerate(records):
+        if isinstance(record.samples, Gallery):
+            own = record.samples
+            media = own.stages[0].media
+            key = (own.prompts, own.heldout, own.size, kind_of(media), media.shape[1:])
+            groups.setdefault(key, []).append((place, own))
+    shown: list[Pictures] = []
+    for members in groups.values():
+        shown.append(_trained(members, first + sum(len(one.plots) for one in shown)))
+    for place, record in enumerate(records):
+        if isinstance(record.samples, Particles):
+            number = first + sum(len(one.plots) for one in shown)
+            shown.append(_steered(place, record, record.samples, number))
+    return shown
+
+
+def _trained(members: Sequence[tuple[int, Gallery]], number: int) -> Pictures:
+    gallery = members[0][1]
+    runs = [place for place, _ in members]
+    stages = [(place, stage) for place, own in members for stage in own.stages]
+    stages.sort(key=lambda one: one[1].step > 0)  # all that is before training first
+    note = "Same prompts and same noise before and after."
+    if kind_of(gallery.stages[0].media) == "vectors":
+        return Pictures(runs, note + _two_of(gallery.stages[0].media), plots=_stage_plots(stages, number))
+    texts = zip(gallery.prompts, gallery.heldout, strict=True)
+    found = [
+        Prompt(text, heldout, _strips(stages, slice(i * gallery.size, (i + 1) * gallery.size)))
+        for i, (text, heldout) in enumerate(texts)
+    ]
+    return Pictures(runs, note, found[:SHOWN], found[SHOWN:])
+
+
+def _strips(stages: Sequence[tuple[int, Stage]], rows: slice) -> list[Strip]:
+    """One row per stage; what several runs have alike before training is shown once, for no run in particular."""
+    starts = [stage.media[rows] for _, stage in stages if stage.step == 0]
+    shared = len(starts) > 1 and all(torch.equal(starts[0], other) for other in starts[1:])
+    kept = [one for i, one in enumerate(stages) if not (shared and one[1].step == 0 and i > 0)]
+    return [
+        _strip(_label(stage), None if shared and stage.step == 0 else place, stage.media[rows]) for place, stage in kept
+    ]
+
+
+def _strip(label: str, run: int | None, media: Tensor, enlarged: int | None = None) -> Strip:
+    if kind_of(media) == "tokens":
+        return Strip(label, run, lines=token_lines(media))
+    return Strip(label, run, image=sprite(media) if enlarged is None else sprite(media, enlarged))
+
+
+def _label(stage: Stage) -> str:
+    return "before" if stage.step == 0 else f"after {stage.step}"
+
+
+def _stage_plots(stages: Sequence[tuple[int, Stage]], number: int) -> list[Plot]:
+    clouds = [(place, stage, _finite(stage.media)) for place, stage in stages]
+    clouds = [(place, stage, points) for place, stage, points in clouds if len(points)]
+    if not clouds:
+        return []
+    limits = limits_of([points for _, _, points in clouds])
+    plots: list[Plot] = []
+    for place, stage, points in clouds:
+        start = stage.step == 0
+        svg = scatter_chart(Cloud(None if start else place, points), limits, number + len(plots))
+        plots.append(Plot(_label(stage), place, start, svg))
+    return plots
+
+
+def _steered(place: int, record: RunRecord, particles: Particles, number: int) -> Pictures:
+    counts = torch.bincount(particles.group, minlength=1)
+    count = f"{int(counts.max())} particles for each prompt"
+    if kind_of(particles.media) == "vectors":
+        points = _finite(particles.media)
+        best = _finite(particles.media[particles.best])
+        note = f"{count}; the best of each prompt is outlined.{_two_of(particles.media)}"
+        if not len(points):
+            return Pictures([place], note)
+        chart = scatter_chart(Cloud(place, points, best), limits_of([points]), number)
+        return Pictures([place], note, plots=[Plot("steered", place, False, chart)])
+    heldout = bool(record.config) and record.section("steering").get("prompts") is None
+    prompts = [
+        Prompt(_caption(record, group), heldout, _particle_strips(particles, group, place))
+        for group in range(len(particles.best))
+    ]
+    note = f"{count}, in order of weight." + (f" The first {PARTICLES} are shown." if counts.max() > PARTICLES else "")
+    return Pictures([place], note, prompts[:SHOWN], prompts[SHOWN:])
+
+
+def _caption(record: RunRecord, group: int) -> str:
+    return record.steered[group].prompt if group < len(record.steered) else f"prompt {group + 1}"
+
+
+def _particle_strips(particles: Particles, group: int, place: int) -> list[Strip]:
+    mine = (particles.group == group).nonzero().flatten()
+    order = mine[particles.weight[mine].argsort(descending=True, stable=True)][:PARTICLES]
+    best = _strip("best", place, particles.media[particles.best[group]][None], BEST)
+    return [best, _strip("particles", place, particles.media[order])] if len(order) else [best]
+
+
+def _finite(points: Tensor) -> Tensor:
+    return points[points.isfinite().all(dim=1)].float()
+
+
+def _two_of(media: Tensor) -> str:
+    return f" The first two of {media.shape[1]} coordinates are drawn." if media.shape[1] > 2 else ""

@@ -1,0 +1,143 @@
+"""What a run kept to look at: samples at fixed prompts and noise before and after training, or steered particles."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from difftilt.evaluation.tolerant import Damage, items, read_object, read_tensors
+
+Kind = Literal["images", "vectors", "tokens"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The samples of one moment of a training run.
+
+    Attributes:
+        step: iterations done; 0 is before training.
+        media: as decoded, (prompts · size, ...), prompts outermost.
+    """
+
+    step: int
+    media: Shaped[Tensor, "rows *shape"]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Samples at fixed prompts and fixed noise.
+
+    Attributes:
+        prompts: captions.
+        heldout: whether the prompt was never trained on.
+        size: samples of each prompt.
+        stages: before training and newest, or the one of them that is there.
+    """
+
+    prompts: tuple[str, ...]
+    heldout: tuple[bool, ...]
+    size: int
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
+class Particles:
+    """The particles of a steerer.
+
+    Attributes:
+        media: as decoded, one row per particle.
+        group: prompt of each particle.
+        weight: of each particle, normalised within its prompt.
+        best: for each prompt the row of the highest reward.
+    """
+
+    media: Shaped[Tensor, "rows *shape"]
+    group: Int[Tensor, " rows"]
+    weight: Float[Tensor, " rows"]
+    best: Int[Tensor, " prompts"]
+
+
+def kind_of(media: Tensor) -> Kind | None:
+    """What media of this type and rank are shown as; None where there is no way to show them."""
+    if media.numel() == 0:
+        return None
+    if media.dim() == 4:
+        return "images"
+    if media.dim() == 2:
+        return "vectors" if media.is_floating_point() else "tokens"
+    return None
+
+
+def read_gallery(run: Path, damage: Damage) -> Gallery | None:
+    """The gallery of a training run; None where it kept none or none can be read."""
+    described = read_object(run / "samples" / "prompts.json", damage)
+    if not described:
+        return None
+    prompts = tuple(str(prompt) for prompt in items(described.get("prompts")))
+    flags = tuple(bool(flag) for flag in items(described.get("heldout")))
+    size = described.get("size")
+    if not prompts or len(flags) != len(prompts) or not isinstance(size, int) or size < 1:
+        damage.add("prompts.json is damaged (it needs prompts, as many flags heldout, and a size)")
+        return None
+    found = [_stage(path, step, len(prompts) * size, damage) for step, path in _ends(run / "samples", damage)]
+    stages = tuple(stage for stage in found if stage is not None)
+    if len({(kind_of(stage.media), stage.media.shape[1:]) for stage in stages}) > 1:
+        damage.add("the samples before and after are of different shapes; only the newest are shown")
+        stages = stages[-1:]
+    return Gallery(prompts, flags, size, stages) if stages else None
+
+
+def read_particles(run: Path, damage: Damage) -> Particles | None:
+    """The particles of a steering directory; None where none can be read."""
+    path = run / "samples.safetensors"
+    if not path.exists():
+        damage.add(f"{path.name} is missing")
+    tensors = read_tensors(path, damage)
+    if not tensors:
+        return None
+    missing = [name for name in ("media", "group", "weight", "best") if name not in tensors]
+    if missing:
+        damage.add(f"{path.name} is damaged (it lacks {', '.join(missing)})")
+        return None
+    media, group, weight, best = (tensors[name] for name in ("media", "group", "weight", "best"))
+    shapes = kind_of(media) and group.dim() == weight.dim() == best.dim() == 1 and len(media) == len(group)
+    fitting = shapes and len(weight) == len(group) and _points_into(best, len(media))
+    if not fitting or not _points_into(group, len(best)):
+        damage.add(f"{path.name} is damaged (its tensors do not fit together)")
+        return None
+    return Particles(media, group.long(), weight.double(), best.long())
+
+
+def prompts_of(summary: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The entries of ``result.json``, one per prompt."""
+    return [entry for entry in items(summary.get("prompts")) if isinstance(entry, dict)]
+
+
+def _ends(directory: Path, damage: Damage) -> list[tuple[int, Path]]:
+    """(step, file) of the stage before training and of the newest one."""
+    matches = ((re.fullmatch(r"step_(\d+)\.safetensors", path.name), path) for path in sorted(directory.iterdir()))
+    found = sorted((int(match[1]), path) for match, path in matches if match)
+    if not found or found[0][0] != 0:
+        damage.add("step_0.safetensors is missing: there are no samples from before training")
+    return [found[0], found[-1]] if len(found) > 1 and found[0][0] == 0 else found[-1:]
+
+
+def _stage(path: Path, step: int, rows: int, damage: Damage) -> Stage | None:
+    tensors = read_tensors(path, damage)
+    media = tensors.get("media")
+    if media is None:
+        if tensors:
+            damage.add(f"{path.name} is damaged (it lacks media)")
+        return None
+    if kind_of(media) is None or len(media) != rows:
+        damage.add(f"{path.name} holds samples of shape {tuple(media.shape)}, which do not fit {rows} rows of prompts")
+        return None
+    return Stage(step, media)
+
+
+def _points_into(index: Tensor, rows: int) -> bool:
+    return not index.is_floating_point() and bool(((index >= 0) & (index < rows)).all())

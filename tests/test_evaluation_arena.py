@@ -1,0 +1,461 @@
+"""The arena: costs recounted by hand, readings within budgets, limits that must be plain sampling, nothing lost."""
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import difftilt as package
+from command_line import CommandLine
+from difftilt.errors import GuardError, UserError
+from difftilt.evaluation.arena import compare_arena
+from difftilt.evaluation.arena_config import Member, load_arena
+from difftilt.evaluation.arena_picture import save_arena_picture
+from difftilt.evaluation.arena_records import ArenaResult, MemberRun, Reading, read_json, within
+from difftilt.evaluation.arena_tables import escaped, grids, markdown_tables
+from difftilt.evaluation.cost import CURRENCIES, evaluations, spent
+from difftilt.evaluation.members import base_reading, drawn_rows, plan_of, steered_reading
+from difftilt.evaluation.stage import Stage, base_noise, search_bound
+from difftilt.models.ledger import Ledger
+from difftilt.recipes import load_recipe
+from difftilt.steering.protocol import Steered
+from difftilt.training.measure import draw, heldout_batch
+
+
+class StopHereError(RuntimeError):
+    """Stands for a kill."""
+
+
+STEPS, SAMPLES = 4, 8
+HOSTILE = "../../x|<b>$\\frac_[y](z)`"
+MEMBERS: dict[str, Any] = {
+    "base": {},
+    "kernel": {"sampler": "kernel"},
+    "best": {"steerer": {"name": "best-of-n"}},
+    "fk": {"steerer": {"name": "fk-steering", "resample_at": 2, "temperature": 1.0}},
+    "nft": {
+        "method": {"name": "diffusion-nft", "groups": 2, "group_size": 4},
+        "training": {"evaluate_every": 2, "optimizer": {"lr": 0.01}},
+    },
+    "grpo": {
+        "method": {
+            "name": "flow-grpo",
+            "groups": 2,
+            "group_size": 4,
+            "kl_weight": 0.0,
+            "window": {"width": 1, "high": 3},
+        }
+    },
+}
+
+
+def values(members: dict[str, Any] | None = None, **arena: Any) -> dict[str, Any]:
+    """An arena on a small mixture."""
+    settings = {"seeds": [0], "evaluations": 600, "reward_calls": 40, "samples": SAMPLES, "forward_batch": 8, **arena}
+    testbed = {"name": "mixtures", "steps": STEPS, "hidden": 8, "classes": 4}
+    return {"testbed": testbed, "arena": settings, "members": MEMBERS if members is None else members}
+
+
+def only(*names: str) -> dict[str, Any]:
+    return {name: MEMBERS[name] for name in names}
+
+
+def stage_of(name: str, **arena: Any) -> tuple[Stage, Member]:
+    arena_ = load_arena(values(only(name), **arena))
+    return Stage(arena_), arena_.members[0]
+
+
+def steady(result: ArenaResult) -> dict[str, Any]:
+    """A result without what the clock decides."""
+
+    def strip(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: strip(value) for key, value in tree.items() if key != "seconds"}
+        return [strip(value) for value in tree] if isinstance(tree, list) else tree
+
+    return strip(result.model_dump(mode="json"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ArenaResult]:
+    output = tmp_path_factory.mktemp("arena") / "run"
+    return output, compare_arena(values(seeds=[0, 1]), output)
+
+
+def test_the_cost_of_every_member_is_what_its_algorithm_must_spend(finished: tuple[Path, ArenaResult]) -> None:
+    _, result = finished
+    plain = SAMPLES * STEPS
+    for run in result.runs:
+        for reading in (*run.readings.values(), *run.curve):
+            particles, iterations, group = reading.particles or 0, reading.iterations or 0, 2 * 4
+            if run.member in ("base", "kernel"):
+                expected = Ledger(nfe=plain)
+            elif run.member == "best":
+                expected = Ledger(nfe=plain * particles, reward_calls=SAMPLES * particles)
+            elif run.member == "fk":
+                # weighted at grid point 2 and at the end
+                expected = Ledger(nfe=plain * particles, reward_calls=2 * SAMPLES * particles)
+            elif run.member == "grpo":
+                # every sample trains the one step of the window
+                expected = Ledger(plain + group * STEPS * iterations, group * iterations, group * iterations)
+            else:
+                continue
+            assert reading.cost == expected, run.member
+            assert evaluations(reading.cost) == expected.nfe + 3 * expected.gradient_passes
+
+
+def test_the_ledger_of_a_trained_member_is_the_sum_of_its_iterations_and_the_samples(
+    finished: tuple[Path, ArenaResult],
+) -> None:
+    stage, member = stage_of("nft")
+    last = finished[1].of("nft")[0].curve[-1]
+    loop, total = stage.loop(member, 0), 0
+    for iteration in range(last.iterations or 0):
+        loop.iterate(iteration)
+        total += int(loop.rows[-1]["nfe"] + 3 * loop.rows[-1]["gradient_passes"])
+    assert last.iterations
+    assert evaluations(last.cost) == total + SAMPLES * STEPS
+    assert last.cost.reward_calls == 2 * 4 * last.iterations
+
+
+def test_no_reading_exceeds_its_budget_and_none_leaves_room_for_another_unit(
+    finished: tuple[Path, ArenaResult],
+) -> None:
+    _, result = finished
+    units = {"best": {}, "fk": {}, "grpo": {}}
+    for name in units:
+        stage, member = stage_of(name)
+        units[name] = {one: spent(plan_of(stage, member).unit, one) for one in CURRENCIES}
+    for run in result.runs:
+        for currency in CURRENCIES:
+            budget, cost = result.budget(currency), spent(run.readings[currency].cost, currency)
+            assert cost <= budget
+            if run.member in units:
+                assert cost + units[run.member][currency] > budget, (run.member, currency)
+
+
+def test_a_reading_is_the_last_evaluation_within_the_budget() -> None:
+    curve = tuple(Reading(numbers={}, cost=Ledger(10 * n, n, n), seconds=0, iterations=n) for n in range(5))
+    for evaluated, last in ((38, 2), (39, 3), (51, 3), (52, 4), (999, 4)):
+        found = within(curve, {"evaluations": evaluated, "reward_calls": 2})
+        assert [found[one].iterations for one in CURRENCIES] == [last, 2]
+    assert evaluations(curve[3].cost) == 39
+
+
+def test_best_of_one_is_plain_sampling_by_the_kernel_and_best_of_many_is_better() -> None:
+    stage, member = stage_of("best")
+    _, base = stage_of("kernel")
+    plain = base_reading(stage, base, 3)
+    one = steered_reading(stage, member, 1, 3)
+    assert {name: one.numbers[name] for name in plain.numbers if name != "kl_reference"} == {
+        name: value for name, value in plain.numbers.items() if name != "kl_reference"
+    }
+    assert one.numbers["kl_bound"] == 0
+    assert one.cost == Ledger(plain.cost.nfe, SAMPLES)
+    many = steered_reading(stage, member, 16, 3)
+    assert many.numbers["reward"] > one.numbers["reward"] + 0.5
+
+
+def test_particles_are_the_same_in_any_number_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, member = stage_of("fk")
+    whole = steered_reading(stage, member, 4, 0)
+    monkeypatch.setattr("difftilt.evaluation.members.PARTICLES_AT_ONCE", 12)
+    parts = steered_reading(stage, member, 4, 0)
+    assert (parts.numbers, parts.cost) == (whole.numbers, whole.cost)
+
+
+def test_a_sample_is_drawn_by_the_weights() -> None:
+    nothing = torch.zeros(0)
+    weight = torch.tensor([0.0, 1.0, 0.0, 0.25, 0.25, 0.5], dtype=torch.float64)
+    group = torch.tensor([0, 0, 0, 1, 1, 1])
+    steered = Steered(nothing, nothing, group, weight, nothing, nothing, nothing, nothing, nothing, Ledger())
+    for uniform, row in ((0.1, 3), (0.3, 4), (0.6, 5), (0.999, 5)):
+        point = torch.full((2,), uniform, dtype=torch.float64)
+        assert drawn_rows(steered, point).tolist() == [1, row]
+
+
+def test_equal_samples_are_at_distance_zero_and_the_floor_is_not_zero() -> None:
+    stage, member = stage_of("base")
+    task = stage.task(member)
+    run = stage.run(task, 0)
+    batch = heldout_batch(run, SAMPLES)
+    same = run.samples(draw(run, "reference", task.sampler, batch, base_noise(0)), batch, heldout=True)
+    assert abs(stage.drift(task, same, 0)["distance"]) < 1e-6
+    assert base_reading(stage, member, 0).numbers["distance"] > 1e-3
+
+
+def test_drift_is_measured_from_the_untrained_model() -> None:
+    stage, member = stage_of("nft")
+    loop = stage.loop(member, 0)
+    task = loop.run.task
+    with torch.no_grad():
+        for parameter in loop.run.roles.parameters("current"):
+            parameter.add_(0.5)
+    batch = heldout_batch(loop.run, SAMPLES)
+    with torch.no_grad():
+        moved = draw(loop.run, "current", task.sampler, batch, base_noise(0))
+    assert stage.drift(task, loop.run.samples(moved, batch, heldout=True), 0)["distance"] > 0.01
+
+
+def test_drift_is_missing_and_not_zero_where_nothing_defines_it(finished: tuple[Path, ArenaResult]) -> None:
+    _, result = finished
+    for run in result.runs:
+        for reading in run.readings.values():
+            assert "distance" in reading.numbers
+            assert {"reward", "on_mode", "diversity"} <= reading.numbers.keys()
+            if run.member in ("base", "kernel"):
+                assert reading.numbers["kl_reference"] == 0
+            elif run.member in ("best", "fk"):
+                assert "kl_reference" not in reading.numbers
+            else:
+                assert reading.numbers["kl_reference"] >= 0
+            assert ("kl_bound" in reading.numbers) == (run.member == "best")
+    assert search_bound(4) == math.log(4) - 3 / 4
+
+
+def test_another_seed_gives_other_numbers(finished: tuple[Path, ArenaResult]) -> None:
+    # that the same seed gives the same ones is seen where an arena is resumed
+    for name in MEMBERS:
+        first, second = finished[1].of(name)
+        assert first.readings["evaluations"].numbers != second.readings["evaluations"].numbers
+
+
+def test_resume_leaves_out_what_is_done_and_ends_in_an_equal_result(
+    finished: tuple[Path, ArenaResult], tmp_path: Path
+) -> None:
+    def stop(text: str) -> None:
+        if text.startswith("fk") and "done" in text:
+            raise StopHereError
+
+    output = tmp_path / "run"
+    with pytest.raises(StopHereError):
+        compare_arena(values(seeds=[0, 1]), output, tell=stop)
+    kept = {path.name: path.read_text() for path in (output / "members").iterdir()}
+    assert len(kept) == 4
+    with pytest.raises(UserError, match="--resume"):
+        compare_arena(values(seeds=[0, 1]), output)
+    with pytest.raises(UserError, match=r"arena.samples: 8 there, 12 asked for"):
+        compare_arena(values(seeds=[0, 1], samples=12), output, resume=True)
+    told: list[str] = []
+    result = compare_arena(values(seeds=[0, 1]), output, resume=True, tell=told.append)
+    assert [text for text in told if "done before" in text] == [
+        f"{name}, seed 0: done before" for name in ("base", "kernel", "best", "fk")
+    ]
+    assert {name: (output / "members" / name).read_text() for name in kept} == kept
+    assert steady(result) == steady(finished[1])
+    assert steady(read_json(ArenaResult, output / "result.json")) == steady(result)
+
+
+def test_a_damaged_or_foreign_record_is_named(finished: tuple[Path, ArenaResult], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    compare_arena(values(only("base")), output)
+    (record,) = (output / "members").iterdir()
+    whole = record.read_text()
+    record.write_text(whole[:40])
+    with pytest.raises(UserError, match=rf"{record.name} is damaged"):
+        compare_arena(values(only("base")), output, resume=True)
+    record.write_text(whole.replace('"base"', '"other"'))
+    with pytest.raises(UserError, match="is of member 'other'"):
+        compare_arena(values(only("base")), output, resume=True)
+    with pytest.raises(UserError, match="holds no arena to resume"):
+        compare_arena(values(only("base")), tmp_path / "nowhere", resume=True)
+
+
+def test_budgets_that_cannot_be_met_are_one_error_before_any_work(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with pytest.raises(UserError) as caught:
+        compare_arena(values(evaluations=40, reward_calls=7), output)
+    text = str(caught.value)
+    assert not output.exists()
+    for line in (
+        "member 'best': arena.evaluations = 40 is too little for two particles for each of 8 samples: "
+        f"give at least {2 * SAMPLES * STEPS}",
+        "member 'best': arena.reward_calls = 7 is too little for two particles for each of 8 samples: give at least 16",
+        "member 'fk': arena.reward_calls = 7 is too little for two particles for each of 8 samples: give at least 32",
+        "member 'grpo': arena.evaluations = 40 is too little for one iteration of training and the samples: "
+        f"give at least {32 + 8 * STEPS + 3 * 8}",
+        "member 'nft': arena.reward_calls = 7",
+    ):
+        assert line in text
+    assert "member 'base'" not in text
+    with pytest.raises(UserError, match=r"member 'base': arena.evaluations = 31 .* plain sampling: give at least 32"):
+        compare_arena(values(only("base"), evaluations=31), output)
+
+
+@pytest.mark.parametrize("name", ["best", "fk", "grpo", "nft"])
+def test_the_least_that_is_named_would_do(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        compare_arena(values(only(name), evaluations=1, reward_calls=1), tmp_path / "none")
+    least = [int(line.rsplit(" ", 1)[1]) for line in str(caught.value).splitlines()[1:]]
+    budgets = {"evaluations": least[0], "reward_calls": least[1]}
+    run = compare_arena(values(only(name), **budgets), tmp_path / "run").runs[0]
+    assert [run.readings[one].iterations or run.readings[one].particles for one in CURRENCIES] in ([1, 1], [2, 2])
+
+
+def test_a_member_that_outgrows_its_trial_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from difftilt.steering.best_of_n import BestOfN
+
+    steer = BestOfN.steer
+
+    def greedy(self: BestOfN, task: Any, denoise: Any, *rest: Any, **named: Any) -> Steered:
+        denoise.ledger.nfe += 0
+        steered = steer(self, task, denoise, *rest, **named)
+        steered.ledger.nfe *= self.config.particles
+        return steered
+
+    monkeypatch.setattr(BestOfN, "steer", greedy)
+    with pytest.raises(GuardError, match=r"member 'best', seed 0: .* does not grow in proportion to its particles"):
+        compare_arena(values(only("best")), tmp_path / "run")
+
+
+def test_hostile_names_stay_inside_the_directory_and_are_text_everywhere(tmp_path: Path) -> None:
+    names = [HOSTILE, "../../X|<b>$\\frac_[y](z)`", "_hidden", "$x$", "…"]
+    output = tmp_path / "deep" / "run"
+    result = compare_arena(values({name: {} for name in names}), output)
+    assert [entry.name for entry in result.members] == names
+    assert {path.name for path in tmp_path.iterdir()} == {"deep"}
+    assert len(list((output / "members").iterdir())) == len(names)
+    assert load_arena(output / "config.yaml").resolved() == result.recipe
+    table = (output / "table.md").read_text()
+    assert "<b>" not in table
+    for line in table.splitlines():
+        if line.startswith("|"):
+            assert line.replace("\\|", "").count("|") == len(grids(result)[0].header) + 1
+    assert (output / "picture.png").stat().st_size > 1000
+
+
+def test_every_problem_of_a_recipe_is_told_at_once() -> None:
+    bad: dict[str, Any] = {
+        "a": {"steerer": {"name": "best-of-n", "particles": 3}},
+        "b": {"method": {"name": "flow-grop"}},
+        "c": {"method": {"name": "flow-grpo", "clip_rang": 1}, "training": {"iterations": 3}},
+        "d": {"method": {"name": "flow-grpo"}, "steerer": {"name": "best-of-n"}},
+        "e": {"sampler": "sde", "training": {}},
+        "f": {"steeer": {"name": "best-of-n"}},
+        "two\nlines": {},
+    }
+    with pytest.raises(UserError) as caught:
+        load_arena(values(bad, seeds=[1, 1], evaluations=0, nfe=3) | {"extra": 1})
+    for words in (
+        "extra: unknown section",
+        "arena.seeds = [1, 1]: a seed stands there twice",
+        "arena.evaluations = 0: ",
+        "arena.nfe = 3: unknown key",
+        "members.a.steerer.particles: follow from the budgets",
+        'members.b.method.name = "flow-grop"',
+        "members.c.method.clip_rang = 1: unknown key; did you mean clip_range",
+        "members.c.training.iterations = 3: unknown key",
+        "members.d: has either a method or a steerer",
+        "members.e.sampler",
+        "members.e.training: belongs to a method",
+        "members.f.steeer: unknown section; did you mean steerer",
+        "a name is one line of 1 to 60 printable characters",
+    ):
+        assert words in str(caught.value), words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"samples": 9}, "arena.samples = 9 does not divide among 1 held-out prompts|use 8 or 10"),
+        ({"heldout": "on_mod"}, "arena.heldout = 'on_mod' is no held-out reward; did you mean on_mode"),
+    ],
+)
+def test_settings_that_do_not_fit_the_task(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    if "samples" in changes:
+        recipe = values(only("base"), **changes) | {"testbed": {"name": "digits"}}
+        words = "arena.samples = 9 does not divide among 4 held-out prompts"
+    else:
+        recipe = values(only("base"), **changes)
+    with pytest.raises(UserError, match=words):
+        compare_arena(recipe, tmp_path / "run")
+
+
+def test_a_method_that_cannot_run_on_the_task_is_refused_by_name(tmp_path: Path) -> None:
+    recipe = values(only("base", "nft")) | {"testbed": {"name": "sequences"}}
+    with pytest.raises(UserError, match=r"member 'nft'.*gaussian process"):
+        compare_arena(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_arenas_and_recipes_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="use `difftilt train`"):
+        load_arena("mixtures/flow-grpo")
+    with pytest.raises(UserError, match="use `difftilt compare`"):
+        load_recipe("arena/digits")
+    assert load_arena("arena/digits").resolved() == load_arena(load_arena("arena/digits").resolved()).resolved()
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    difftilt = CommandLine(monkeypatch, capsys)
+    file = tmp_path / "small.yaml"
+    file.write_text(json.dumps(values(only("base", "best"))))
+    ran = difftilt("compare", file, "--output", tmp_path / "run", "arena.samples=12", "--json")
+    assert ran.code == 0, ran.err
+    told = json.loads(ran.out)
+    assert told["recipe"]["arena"]["samples"] == 12
+    assert "best, seed 0: done in" in ran.err
+    again = difftilt("compare", file, "--output", tmp_path / "run", "arena.samples=12", "--resume")
+    assert again.code == 0, again.err
+    assert "At equal evaluations: 600" in again.out
+    assert difftilt("compare", file, "--output", tmp_path / "run").code == 2
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match="without torchrun"):
+            package.compare(values(only("base")), tmp_path / "two")
+
+
+def test_tables_hold_both_budgets_and_say_for_how_many_samples(finished: tuple[Path, ArenaResult]) -> None:
+    output, result = finished
+    evaluated, rewarded = grids(result)
+    assert evaluated.title == "At equal evaluations: 600"
+    assert rewarded.title == "At equal reward calls: 40"
+    for grid in (evaluated, rewarded):
+        assert [row[0] for row in grid.rows] == list(MEMBERS)
+        assert {len(row) for row in grid.rows} == {len(grid.header)}
+    best = dict(zip(evaluated.header, evaluated.rows[2], strict=True))
+    assert best["kl_reference"] == f"≤ {search_bound(18):.3g}"
+    assert best["setting"] == "18 particles"
+    assert dict(zip(evaluated.header, evaluated.rows[3], strict=True))["kl_reference"] == ""
+    text = (output / "table.md").read_text()
+    assert text == markdown_tables(result)
+    assert "8 samples exist" in text
+    assert "plus 3 for every gradient pass" in text
+
+
+def test_free_text_is_literal_in_markdown() -> None:
+    assert escaped("a|b <i>*c*_d_") == "a\\|b &lt;i&gt;\\*c\\*\\_d\\_"
+
+
+def test_the_picture_needs_no_more_than_the_result(finished: tuple[Path, ArenaResult], tmp_path: Path) -> None:
+    _, result = finished
+    save_arena_picture(result, tmp_path / "one.png")
+    save_arena_picture(ArenaResult.model_validate_json(result.model_dump_json()), tmp_path / "two.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_the_page_is_what_its_script_makes_of_the_stored_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    sys.modules.pop("arena_page", None)
+    arena_page: Any = importlib.import_module("arena_page")
+    found = arena_page.results()
+    assert found
+    assert arena_page.PAGE.read_text(encoding="utf-8") == arena_page.page(found)
+    for name, result in found.items():
+        assert (arena_page.PICTURES / f"{name}.png").exists()
+        assert result.recipe == load_arena(result.source).resolved()
+
+
+def test_records_survive_their_file(finished: tuple[Path, ArenaResult]) -> None:
+    output, result = finished
+    files = sorted((output / "members").iterdir())
+    assert len(files) == len(result.runs)
+    stored = [read_json(MemberRun, file) for file in files]
+    assert sorted(stored, key=lambda run: (run.seed, run.member)) == sorted(
+        result.runs, key=lambda run: (run.seed, run.member)
+    )
