@@ -1,5 +1,7 @@
 """Run the benchmarks and write their results: ``python -m benchmarks [NAME ...] [--repeats N]``.
 
+``signal``, which times nothing and takes half an hour, runs only when it is named.
+
 Always exits with 0: a machine that is slow, or busy, is no error. Whether a bound holds is printed and stored.
 """
 
@@ -11,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import signal
 from benchmarks.paired import Report, Subject, measure
 from benchmarks.sampling import fk_overhead, noise_cost, rollout_overhead
 from benchmarks.training import grpo_overhead, nft_overhead
@@ -23,6 +26,8 @@ BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
     "fk_steering": fk_overhead,
     "noise": noise_cost,
 }
+SIGNAL = "signal"
+"""No timing: how much of a policy gradient is signal (``benchmarks/signal.py``)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,11 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     reports: list[Report] = []
-    for name in options.names or BENCHMARKS:
+    if SIGNAL in options.names:
+        measured = signal.run(signal.chosen(options.size), options.repeats, options.output / f"{SIGNAL}.json")
+        Console(width=180).print(signal.table(measured))
+    for name in [name for name in options.names if name != SIGNAL] or ([] if options.names else BENCHMARKS):
         report = measure(BENCHMARKS[name](SIZES[options.size]), options.repeats)
         report.write(options.output)
         reports.append(report)
-    Console(width=120).print(table(reports))
+    if reports:
+        Console(width=120).print(table(reports))
     return 0
 
 
@@ -66,9 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         type=_known,
         metavar="NAME",
-        help=f"some of {', '.join(BENCHMARKS)}; all by default",
+        help=f"some of {', '.join(BENCHMARKS)}, all by default; or {SIGNAL}",
     )
-    parser.add_argument("--repeats", type=_positive, default=15, help="pairs of floor and program (default 15)")
+    parser.add_argument(
+        "--repeats", type=_positive, default=15, help="pairs of floor and program, or gradients (default 15)"
+    )
     parser.add_argument("--threads", type=_positive, default=1, help="of PyTorch (default 1)")
     parser.add_argument("--size", choices=list(SIZES), default="full", help="tiny only shows that everything runs")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="directory of results")
@@ -76,8 +87,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _known(text: str) -> str:
-    if text not in BENCHMARKS:
-        raise argparse.ArgumentTypeError(f"there is no benchmark {text!r}; there are {', '.join(BENCHMARKS)}")
+    if text not in (*BENCHMARKS, SIGNAL):
+        raise argparse.ArgumentTypeError(
+            f"there is no benchmark {text!r}; there are {', '.join((*BENCHMARKS, SIGNAL))}"
+        )
     return text
 
 

@@ -9,10 +9,10 @@ to benchmarks/results/arena/NAME.json.
 from collections.abc import Mapping
 from pathlib import Path
 
-from difftilt.evaluation.arena_picture import save_arena_picture
-from difftilt.evaluation.arena_records import ArenaResult, read_json
-from difftilt.evaluation.arena_tables import escaped, markdown_tables
-from difftilt.evaluation.cost import GRADIENT_PASS
+from difftilt.evaluation.arena.cost import GRADIENT_PASS
+from difftilt.evaluation.arena.picture import save_arena_picture
+from difftilt.evaluation.arena.records import ArenaResult, read_json
+from difftilt.evaluation.arena.tables import escaped, markdown_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "arena"

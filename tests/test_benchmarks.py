@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+
+from difftilt.checks.trial import gradient
 
 NAMES = ("rollout", "update_flow_grpo", "update_diffusion_nft", "fk_steering", "noise")
 
@@ -63,3 +66,42 @@ def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         main(["rolout"])
     assert refusal.value.code == 2
     assert "rollout" in capsys.readouterr().err
+
+
+def test_the_share_of_signal_is_that_of_gradients_whose_law_is_known() -> None:
+    signal = importlib.import_module("benchmarks.signal")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(200, 400, generator=generator)
+    mean = torch.full((400,), 0.5)
+    # |m|² = 100 and the noise has 400: a fifth is signal
+    found = signal.share_of(mean + noise)
+    assert found.share == pytest.approx(0.2, abs=4 * found.error)
+    assert 0 < found.error < 0.01
+    assert found.length == pytest.approx(500**0.5, rel=0.02)
+    assert signal.share_of(noise).share == pytest.approx(0, abs=4 * signal.share_of(noise).error)
+    assert signal.share_of(mean.expand(5, -1)).share == pytest.approx(1, rel=1e-5)
+    # 36.9 degrees between the expectations, whatever the noise
+    turned = torch.cat([mean[:200] * 1.4, mean[200:] * 0.2]) + torch.randn(200, 400, generator=generator)
+    assert signal.cosine_of_means(mean + noise, turned) == pytest.approx(0.8, abs=0.05)
+
+
+def test_signal_is_measured_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module("benchmarks.__main__").main
+    assert main(["signal", "--size", "tiny", "--repeats", "3", "--output", str(tmp_path)]) == 0
+    assert "like nft" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "signal.json").read_text())
+    nft, grpo = stored["rows"]
+    assert nft["like_nft"] is None
+    assert grpo["steps"].keys() == {"0", "1"}
+    # 8 samples, of 10 evaluations; their gradients at half of 10 times (after a step the old policy is another pass), or
+    # at two steps
+    assert 8 * 10 + 8 * 5 < nft["evaluations"] <= 8 * 10 + 8 * 5 * 2
+    assert grpo["evaluations"] == 8 * 10 + 8 * 2
+
+
+def test_the_gradient_of_all_steps_is_the_one_that_training_takes() -> None:
+    signal = importlib.import_module("benchmarks.signal")
+    setting = signal.chosen("tiny")[1]
+    drawn = signal.draw(setting, 1).whole[0].double()
+    taken = gradient(setting.method, signal.task_of(setting), **setting.settings)
+    assert float((drawn - taken).norm() / taken.norm()) < 1e-5

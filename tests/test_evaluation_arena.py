@@ -13,14 +13,14 @@ import torch
 import difftilt as package
 from command_line import CommandLine
 from difftilt.errors import GuardError, UserError
-from difftilt.evaluation.arena import compare_arena
-from difftilt.evaluation.arena_config import Member, load_arena
-from difftilt.evaluation.arena_picture import save_arena_picture
-from difftilt.evaluation.arena_records import ArenaResult, MemberRun, Reading, read_json, within
-from difftilt.evaluation.arena_tables import escaped, grids, markdown_tables
-from difftilt.evaluation.cost import CURRENCIES, evaluations, spent
-from difftilt.evaluation.members import base_reading, drawn_rows, plan_of, steered_reading
-from difftilt.evaluation.stage import Stage, base_noise, search_bound
+from difftilt.evaluation.arena.config import Member, load_arena
+from difftilt.evaluation.arena.cost import CURRENCIES, evaluations, spent
+from difftilt.evaluation.arena.members import base_reading, drawn_rows, plan_of, steered_reading
+from difftilt.evaluation.arena.picture import save_arena_picture
+from difftilt.evaluation.arena.records import ArenaResult, MemberRun, Reading, read_json, within
+from difftilt.evaluation.arena.run import compare_arena
+from difftilt.evaluation.arena.stage import Stage, base_noise, search_bound
+from difftilt.evaluation.arena.tables import escaped, grids, markdown_tables
 from difftilt.models.ledger import Ledger
 from difftilt.recipes import load_recipe
 from difftilt.steering.protocol import Steered
@@ -164,7 +164,7 @@ def test_best_of_one_is_plain_sampling_by_the_kernel_and_best_of_many_is_better(
 def test_particles_are_the_same_in_any_number_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     stage, member = stage_of("fk")
     whole = steered_reading(stage, member, 4, 0)
-    monkeypatch.setattr("difftilt.evaluation.members.PARTICLES_AT_ONCE", 12)
+    monkeypatch.setattr("difftilt.evaluation.arena.members.PARTICLES_AT_ONCE", 12)
     parts = steered_reading(stage, member, 4, 0)
     assert (parts.numbers, parts.cost) == (whole.numbers, whole.cost)
 

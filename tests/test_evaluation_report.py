@@ -21,12 +21,12 @@ from torch import Tensor
 import difftilt as package
 from command_line import CommandLine
 from difftilt.errors import UserError
-from difftilt.evaluation import report as module
-from difftilt.evaluation.pictures import pictures
-from difftilt.evaluation.reading import RunRecord, read_runs
-from difftilt.evaluation.report import figure, signed, write_report
-from difftilt.evaluation.sprites import sprite, token_lines
-from difftilt.evaluation.views import categories, curves, headline, tilt_kl
+from difftilt.evaluation.report import page as module
+from difftilt.evaluation.report.page import figure, signed, write_report
+from difftilt.evaluation.report.pictures import pictures
+from difftilt.evaluation.report.reading import RunRecord, read_runs
+from difftilt.evaluation.report.sprites import sprite, token_lines
+from difftilt.evaluation.report.views import categories, curves, headline, tilt_kl
 
 RECIPE: dict[str, Any] = {
     "testbed": {"name": "mixtures", "modes": 4, "steps": 4},
@@ -276,7 +276,7 @@ def test_a_prolonged_run_that_was_killed_does_not_show_its_old_end(run: Path) ->
 def test_curves_put_evaluations_after_and_batches_before_the_updates_of_an_iteration(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from difftilt.evaluation import views
+    from difftilt.evaluation.report import views
 
     drawn: list[list[views.Line]] = []
     monkeypatch.setattr(views, "line_chart", lambda lines, number: drawn.append(lines) or "")

@@ -16,10 +16,10 @@ from difftilt.models.mixture import GaussianMixture
 from difftilt.process.protocol import Condition, Prediction
 from difftilt.rewards.base import FunctionReward
 from difftilt.rewards.protocol import Capabilities, Reward
-from difftilt.sampling.kernels import DDIM
+from difftilt.sampling.kernels import DDIM, FlowSDE
 from difftilt.sampling.noise import Noise
-from difftilt.sampling.presets import Preset
-from difftilt.sampling.rollout import rollout, start_state
+from difftilt.sampling.presets import Preset, euler
+from difftilt.sampling.rollout import rollout, sample, start_state
 from difftilt.sampling.steps import GaussianStep
 from difftilt.steering import fk_steering
 from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
@@ -47,6 +47,25 @@ def steer(steerer: Steerer, task: Task, prompts: list[str], forward_batch: int |
 
 def with_kernel(task: Task, eta: float) -> Task:
     return replace(task, sampler=replace(task.sampler, kernel=DDIM(eta)))
+
+
+def test_a_clean_end_takes_the_last_step_along_the_ode() -> None:
+    task = ring_truth().task
+    task = replace(task, sampler=replace(task.sampler, kernel=FlowSDE(0.7), solver=None, clean_end=True))
+    grid, index = task.sampler.grid, torch.arange(5)
+    model, preset = denoiser(task.model, forward_batch=8), Preset("plain", task.sampler.kernel)
+    with torch.no_grad():
+        start = start_state(task.model.process, Noise(0), index, task.model.shape)
+        before = rollout(model, preset, grid[:-1], start, None, noise=Noise(0), index=index).x_0
+        clean = rollout(model, euler(), grid[-2:], before, None, noise=Noise(0), index=index).x_0
+        plain = sample(model, task.sampler, start, None, noise=Noise(0), index=index)
+        noisy = sample(model, replace(task.sampler, clean_end=False), start, None, noise=Noise(0), index=index)
+    assert torch.equal(plain, clean)
+    assert not torch.equal(plain, noisy)
+    assert torch.equal(steer(BestOfN(BestOfNConfig(particles=1)), task, [""] * 5, 8).x_0, clean)
+    # copies of a particle may end alike, for none of them parts after the last weighting: nothing is refused
+    steered = steer(fk(particles=8, resample="always", resample_at=len(grid) - 2), task, ["", ""])
+    assert bool(steered.x_0.isfinite().all())
 
 
 @pytest.mark.parametrize("truth", TRUTHS)

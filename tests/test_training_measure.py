@@ -168,14 +168,22 @@ def test_the_gallery_has_the_same_noise_at_every_step_and_marks_what_is_held_out
     assert list(gallery.heldout) == [prompt not in seen for prompt in gallery.prompts]
     first = show(loop.run, "current", task.sampler, gallery, 0)
     loop.run.begin(7)
-    assert torch.equal(show(loop.run, "current", task.sampler, gallery, 0), first)
+    again = show(loop.run, "current", task.sampler, gallery, 0)
+    assert torch.equal(again.media, first.media)
+    assert torch.equal(again.score, first.score)
     assert loop.run.ledger == Ledger()
+    assert loop.run.reward_seconds == 0
     move(loop)
     moved = show(loop.run, "current", task.sampler, gallery, 0)
-    assert len(moved) == len(gallery.prompts) * gallery.size
-    assert not torch.equal(moved, first)
+    assert len(moved.media) == len(moved.score) == len(gallery.prompts) * gallery.size
+    assert not torch.equal(moved.media, first.media)
+    prompts = [prompt for prompt in gallery.prompts for _ in range(gallery.size)]
+    own = task.reward.score(Samples(moved.media, prompts, prompts, torch.zeros(len(prompts), dtype=torch.int64)))
+    assert torch.equal(moved.score, own)
     save_gallery(tmp_path, 3, gallery, moved)
-    assert torch.equal(load_file(tmp_path / "step_3.safetensors")["media"], moved)
+    stored = load_file(tmp_path / "step_3.safetensors")
+    assert torch.equal(stored["media"], moved.media)
+    assert torch.equal(stored["score"], moved.score)
     assert json.loads((tmp_path / "prompts.json").read_text())["heldout"] == list(gallery.heldout)
 
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from difftilt.checks.collect import collect, run
 from difftilt.checks.proof import Result
-from difftilt.evaluation.arena import compare_arena
-from difftilt.evaluation.arena_records import ArenaResult
-from difftilt.evaluation.report import write_report
+from difftilt.evaluation.arena.records import ArenaResult
+from difftilt.evaluation.arena.run import compare_arena
+from difftilt.evaluation.report.page import write_report
 from difftilt.models.denoiser import denoiser
 from difftilt.recipes.building import build_task, laws_of, require
 from difftilt.recipes.directory import CONFIG, check_output, run_directory

@@ -155,7 +155,7 @@ def compare(
 ) -> None:
     """Compare methods and steerers on one task at equal cost, over seeds (recipes arena/NAME)."""
     from difftilt import api
-    from difftilt.evaluation.arena_tables import arena_report
+    from difftilt.evaluation.arena.tables import arena_report
 
     result = api.compare(recipe, output, resume=resume, overrides=overrides or [], progress=_line)
     _print_json(result.model_dump(mode="json", exclude_none=True)) if as_json else _print(arena_report(result))

@@ -198,12 +198,15 @@ class Sampler:
         solver: ODE solver (continuous processes); None where only the kernel applies (tokens).
         kernel: stochastic kernel of plain sampling.
         guidance: scale of classifier-free guidance; 1 is off.
+        clean_end: the last step of stochastic sampling follows the ODE, as is usual for images: its noise would stay in
+            the sample.
     """
 
     grid: Float[Tensor, " times"]
     kernel: Kernel
     solver: Solver | None = None
     guidance: float = 1.0
+    clean_end: bool = False
 
 
 class NoiseSource(Protocol):

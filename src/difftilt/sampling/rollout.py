@@ -21,6 +21,7 @@ from difftilt.sampling.noise import siblings
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import Edges, Guide, Moment, NoiseSource, Observe, Project, Sampler, Step, Trajectory
 from difftilt.sampling.steps import GaussianStep
+from difftilt.sampling.windows import window_mask
 from difftilt.trees import Batched, join, take
 
 
@@ -317,11 +318,13 @@ def sample(
     noise: NoiseSource,
     index: Int[Tensor, " rows"],
 ) -> Shaped[Tensor, "rows *shape"]:
-    """Plain sampling: by the sampler's solver if it has one, else by its kernel."""
+    """Plain sampling: by the sampler's solver if it has one, else by its kernel, with a clean end where asked for."""
     if sampler.solver is not None:
         return sampler.solver(denoise, x, condition, sampler.grid)
     preset = Preset("plain", sampler.kernel)
-    return rollout(denoise, preset, sampler.grid, x, condition, noise=noise, index=index).x_0
+    steps = len(sampler.grid) - 1
+    plan = Plan(stochastic=window_mask(steps, 0, steps - 1)) if sampler.clean_end else Plan()
+    return rollout(denoise, preset, sampler.grid, x, condition, noise=noise, index=index, plan=plan).x_0
 
 
 def replay(denoise: Denoiser, preset: Preset, edges: Edges, condition: Condition, guide: Guide | None = None) -> Moment:

@@ -16,7 +16,7 @@ from difftilt.errors import GuardError, UserError
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser, Network
 from difftilt.rewards.protocol import Reward
-from difftilt.sampling.presets import Preset
+from difftilt.sampling.presets import Preset, euler
 from difftilt.sampling.protocol import Guide, Moment, NoiseSource, Step
 from difftilt.sampling.rollout import start_state, step_noise
 from difftilt.steering.protocol import Particles, Steered
@@ -34,6 +34,7 @@ class Chain:
     Attributes:
         denoise: counts evaluations.
         preset: its kernel draws and scores the steps.
+        last: takes the place of the preset in the last step of a sampler with a clean end.
         grid: (steps + 1,) falling times.
         noise: source of all draws.
         slots: noise index of each slot, (groups · size,).
@@ -44,6 +45,7 @@ class Chain:
 
     denoise: Denoiser
     preset: Preset
+    last: Preset | None
     grid: Float[Tensor, " times"]
     noise: NoiseSource
     slots: Int[Tensor, " particles"]
@@ -109,7 +111,8 @@ def start(
     condition = take(to_device(task.model.encode(prompts), device), group)
     particles = Particles(x, group, condition, log_weight, memory={"origin": place.repeat(len(prompts))})
     preset = Preset("steering", task.sampler.kernel)
-    return Chain(denoise, preset, task.sampler.grid, noise, slots, group, size, denoise.ledger.copy()), particles
+    last = euler() if task.sampler.clean_end else None
+    return Chain(denoise, preset, last, task.sampler.grid, noise, slots, group, size, denoise.ledger.copy()), particles
 
 
 def _device(network: Network) -> torch.device:
@@ -158,6 +161,9 @@ def propose(
     particles = predicted(chain, particles, position)
     assert particles.prediction is not None
     t, s = chain.time(position, particles.x), chain.time(position + 1, particles.x)
+    if position == chain.steps - 1 and chain.last is not None:
+        step = chain.last.step(particles.prediction, particles.x, t, s)
+        return replace(particles, x=step.draw(step_noise(step, chain.noise, chain.slots, position)), prediction=None)
     step = chain.preset.step(particles.prediction, particles.x, t, s)
     if step.deterministic and (parting or guide is not None):
         raise UserError(

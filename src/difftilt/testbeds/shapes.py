@@ -50,9 +50,8 @@ class Config(BaseConfig):
     """Of the default sampler."""
     shift: float = Field(default=3.0, gt=0)
     """Time shift of the grid: layouts are decided at high noise, so most steps are spent there; 1 is uniform."""
-    noise_level: float = Field(default=0.3, gt=0)
-    """Of the Flow-SDE that steerers propose with. Its last step leaves noise in the picture, which counts as stray paint:
-    at 0.7 hardly a picture is right."""
+    noise_level: float = Field(default=0.7, gt=0)
+    """Of the Flow-SDE that steerers propose with; its last step follows the ODE, for its noise would count as paint."""
     guidance: float = Field(default=1.0, ge=0)
     """Scale of classifier-free guidance; 1 is off."""
     reward: Literal["dense", "accuracy", "loose"] = "dense"
@@ -106,7 +105,11 @@ class Shapes:
             prompts=balanced("train", config.categories, TRAINED),
             heldout_prompts=balanced(config.heldout, CATEGORIES, HELDOUT),
             sampler=Sampler(
-                uniform_grid(config.steps, config.shift), FlowSDE(config.noise_level), EulerSolver(), config.guidance
+                uniform_grid(config.steps, config.shift),
+                FlowSDE(config.noise_level),
+                EulerSolver(),
+                config.guidance,
+                clean_end=True,
             ),
             heldout={name: reward for name, reward in rewards.items() if name != "loose"},
             headline="accuracy",

@@ -158,13 +158,13 @@ def all_wishes() -> tuple[Wish, ...]:
 
 @cache
 def splits(category: Category) -> Mapping[Split, tuple[str, ...]]:
-    """The prompts of a category: a tenth for validation, a tenth for test (at least two each), the rest for training.
+    """The prompts of a category: a sixth for validation, a sixth for test, the rest for training.
 
     The order is that of a hash of the text, so it is fixed and not that of the grammar. Every word and every pair of
     words occurs in training prompts; the held-out combinations do not.
     """
     texts = sorted((wish.text for wish in all_wishes() if wish.category == category), key=_digest)
-    part = max(2, len(texts) // 10)
+    part = len(texts) // 6
     return {"validation": tuple(texts[:part]), "test": tuple(texts[part : 2 * part]), "train": tuple(texts[2 * part :])}
 
 

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from safetensors.torch import save_file
 from torch import Tensor
 
 from difftilt.models.ledger import Ledger
+from difftilt.rewards.protocol import Samples
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
 from difftilt.sampling.rollout import sample, start_state
@@ -34,11 +35,13 @@ class Gallery:
         prompts: in order.
         heldout: of each prompt, whether training never sees it.
         size: samples per prompt.
+        score: what the samples are scored by: the task's headline.
     """
 
     prompts: Sequence[str]
     heldout: Sequence[bool]
     size: int
+    score: str
 
 
 def gallery_of(task: Task) -> Gallery:
@@ -49,32 +52,50 @@ def gallery_of(task: Task) -> Gallery:
     prompts = [*heldout, *trained]
     images = len(task.model.shape) >= 3 and not task.model.dtype_tokens
     size = IMAGES if images else max(1, OTHERS // len(prompts))
-    return Gallery(prompts, [prompt in unseen for prompt in prompts], size)
+    return Gallery(prompts, [prompt in unseen for prompt in prompts], size, task.headline)
 
 
-def show(run: LoopRun, role: str, sampler: Sampler, gallery: Gallery, seed: int) -> Shaped[Tensor, "samples ..."]:
-    """Decoded samples of the gallery, those of one prompt together; costs the run's ledger nothing."""
-    noise = Noise(seed).named("gallery")
-    denoise = replace(run, ledger=Ledger()).denoiser(role, sampler.guidance)
+@dataclass(frozen=True)
+class Shown:
+    """Samples of a gallery.
+
+    Attributes:
+        media: decoded, those of one prompt together.
+        score: the task's headline of each.
+    """
+
+    media: Shaped[Tensor, "samples ..."]
+    score: Float[Tensor, " samples"]
+
+
+def show(run: LoopRun, role: str, sampler: Sampler, gallery: Gallery, seed: int) -> Shown:
+    """Sample and score the gallery; costs the run's ledger nothing."""
+    noise, run = Noise(seed).named("gallery"), replace(run, ledger=Ledger())
+    denoise = run.denoiser(role, sampler.guidance)
     index = torch.arange(len(gallery.prompts) * gallery.size, device=run.device)
+    prompts = [prompt for prompt in gallery.prompts for _ in range(gallery.size)]
     with torch.no_grad():
-        condition = run.encode([prompt for prompt in gallery.prompts for _ in range(gallery.size)])
+        condition = run.encode(prompts)
         x_t = start_state(denoise.process, noise, index, run.task.model.shape)
-        return run.task.model.decode(sample(denoise, sampler, x_t, condition, noise=noise, index=index))
+        media = run.task.model.decode(sample(denoise, sampler, x_t, condition, noise=noise, index=index))
+        samples = Samples(media, prompts, prompts, index // gallery.size, condition)
+        reward = run.task.heldout.get(run.task.headline, run.task.reward)
+        return Shown(media, run.score_with(reward, samples).total)
 
 
-def save_gallery(directory: Path, step: int, gallery: Gallery, media: Shaped[Tensor, "samples ..."]) -> None:
+def save_gallery(directory: Path, step: int, gallery: Gallery, shown: Shown) -> None:
     """Write ``prompts.json``, ``step_<N>.safetensors`` and a picture to look at.
 
     Args:
         directory: ``samples`` of a run.
         step: iterations trained.
         gallery: whose samples these are.
-        media: prompts outermost; images are stored as bytes.
+        shown: images are stored as bytes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / PROMPTS, json.dumps(asdict(gallery), indent=1))
-    media = media.detach().cpu()
+    media = shown.media.detach().cpu()
     stored = (media.float() * 255).round().clamp(0, 255).byte() if media.dim() == 4 else media
-    save_file({"media": stored.contiguous().clone()}, directory / f"step_{step}.safetensors")
+    tensors = {"media": stored.contiguous().clone(), "score": shown.score.float().cpu().contiguous().clone()}
+    save_file(tensors, directory / f"step_{step}.safetensors")
     save_picture(directory, f"step_{step}", media, columns=gallery.size if media.dim() == 4 else None)

@@ -122,8 +122,8 @@ class Loop:
         measured = measure(self.run, self.method.evaluated_role, sampler, count, self.config.seed)
         if self.writes is not None:
             gallery = gallery_of(self.run.task)
-            media = show(self.run, self.method.evaluated_role, sampler, gallery, self.config.seed)
-            save_gallery(self.writes / "samples", step, gallery, media)
+            shown = show(self.run, self.method.evaluated_role, sampler, gallery, self.config.seed)
+            save_gallery(self.writes / "samples", step, gallery, shown)
         return measured
 
     def save(self, step: int) -> None:

@@ -5,6 +5,8 @@ A monitor is a pure function of the rows of ``metrics.jsonl``, so a resumed run 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import fmean, median
 from typing import cast
 
 from pydantic import Field
@@ -25,7 +27,7 @@ class MonitorConfig(Config):
     """Largest fall of a held-out reward since before training, in units of the tolerance that it declares, or else of
     its standard deviation over the samples then."""
     heldout_gap: float = Field(default=0.5, gt=0)
-    """Largest part of the gain in training reward that held-out prompts may lack."""
+    """Largest part of the certain gain in training reward that held-out prompts may lack."""
     clip_fraction: float = Field(default=0.5, gt=0, le=1)
     """Largest share of clipped rows."""
     zero_std_fraction: float = Field(default=0.5, gt=0, le=1)
@@ -43,6 +45,7 @@ class Verdict:
         iteration: row it speaks of.
         value, threshold: what was measured and what it was held against.
         advice: a sentence: what happened and what to do.
+        of: name of what was measured, where the monitor watches several numbers.
     """
 
     monitor: str
@@ -50,15 +53,27 @@ class Verdict:
     value: float
     threshold: float
     advice: str
+    of: str = ""
 
 
-Measure = Callable[[Sequence[Row], Mapping[str, float]], float | None]
-"""(rows so far, evaluation before training) -> number, or None where there is nothing to judge."""
+@dataclass(frozen=True)
+class Reading:
+    """What a monitor measured, and of what where it watches several numbers."""
+
+    value: float
+    of: str = ""
+
+
+Measure = Callable[[Sequence[Row], Mapping[str, float]], Reading | None]
+"""(rows so far, evaluation before training) -> reading, or None where there is nothing to judge."""
 
 
 @dataclass(frozen=True)
 class Monitor:
-    """A name, the number it watches, whether that may not rise above or fall below its threshold, and the advice."""
+    """A name, what it watches, whether that may not rise above or fall below its threshold, and the advice.
+
+    The advice may name what was measured by ``{of}``.
+    """
 
     name: str
     measure: Measure
@@ -67,43 +82,76 @@ class Monitor:
 
 
 def _last(name: str) -> Measure:
-    return lambda rows, before: rows[-1].get(name)
+    return lambda rows, before: Reading(rows[-1][name]) if name in rows[-1] else None
+
+
+RECENT = 5
+"""Iterations whose median drift is judged between evaluations."""
+
+
+def _drift(rows: Sequence[Row], before: Mapping[str, float]) -> Reading | None:
+    """The drift of an evaluation, or between evaluations the median of the newest iterations' own.
+
+    An iteration's own drift is one step of the grid per sample, times the number of steps: right on average, with rare
+    values many times too large, which the median passes over.
+    """
+    if "heldout/kl_reference" in rows[-1]:
+        return Reading(rows[-1]["heldout/kl_reference"])
+    recent = [row["kl_reference"] for row in rows[-RECENT:] if "kl_reference" in row]
+    return Reading(median(recent)) if "kl_reference" in rows[-1] and len(recent) == RECENT else None
 
 
 def _share_of_first(name: str) -> Measure:
-    def measure(rows: Sequence[Row], before: Mapping[str, float]) -> float | None:
+    def measure(rows: Sequence[Row], before: Mapping[str, float]) -> Reading | None:
         first, now = rows[0].get(name), rows[-1].get(name)
-        return None if first is None or now is None or first <= 0 else now / first
+        return None if first is None or now is None or first <= 0 else Reading(now / first)
 
     return measure
 
 
-def _heldout_fall(rows: Sequence[Row], before: Mapping[str, float]) -> float | None:
+def _heldout_fall(rows: Sequence[Row], before: Mapping[str, float]) -> Reading | None:
     """The largest fall of any held-out reward, in units of its tolerance or of its spread before training."""
     falls = [
-        (before[name] - rows[-1][f"heldout/{name}"]) / unit
+        Reading((before[name] - rows[-1][f"heldout/{name}"]) / unit, name)
         for name in before
         if (unit := before.get(f"{name}_tolerance", before.get(f"{name}_std", 0.0))) > 0
         and f"heldout/{name}" in rows[-1]
     ]
-    return max(falls, default=None)
+    return max(falls, key=lambda reading: reading.value, default=None)
 
 
-def _heldout_gap(rows: Sequence[Row], before: Mapping[str, float]) -> float | None:
-    """1 - (gain on held-out prompts)/(gain on training prompts); only once training has gained something."""
-    seen = [row for row in rows if {"heldout/reward", "reward_mean", "reward_std"} <= row.keys()]
-    if len(seen) < 2:
+NOISE = 2.0
+"""Standard errors that are taken off a gain before it counts as certain."""
+GAIN = 0.25
+"""Smallest certain gain in training reward, in its standard deviations over the samples of the first iteration."""
+
+
+def _heldout_gap(rows: Sequence[Row], before: Mapping[str, float]) -> Reading | None:
+    """1 - (gain on held-out prompts)/(certain gain on training prompts); only once training has gained something.
+
+    Gains go from the iterations up to the first evaluation to those since the last but one. Every iteration has other
+    prompts, so its mean reward is noisy: a window's mean is compared, less two standard errors, with the noise taken
+    from successive differences (von Neumann 1941), which a slow trend does not reach. The held-out reward of a window
+    is the mean of the evaluations at its two ends.
+    """
+    seen = [place for place, row in enumerate(rows) if "heldout/reward" in row]
+    if len(seen) < 2 or "reward" not in before or any("reward_mean" not in row for row in rows):
         return None
-    gain = seen[-1]["reward_mean"] - seen[0]["reward_mean"]
-    if gain <= 0.25 * max(seen[0]["reward_std"], 1e-12):
+    means = [row["reward_mean"] for row in rows[: seen[-1] + 1]]
+    first, last = means[: seen[0] + 1], means[seen[-2] + 1 :]
+    squares = sum((later - earlier) ** 2 for earlier, later in pairwise(means)) / (2 * (len(means) - 1))
+    error = (squares * (1 / len(first) + 1 / len(last))) ** 0.5
+    gain = fmean(last) - fmean(first) - NOISE * error
+    if gain <= GAIN * max(rows[0].get("reward_std", 0.0), 1e-12):
         return None
-    return 1 - (seen[-1]["heldout/reward"] - seen[0]["heldout/reward"]) / gain
+    held = [before["reward"], *(rows[place]["heldout/reward"] for place in seen)]
+    return Reading(1 - (held[-2] + held[-1] - held[0] - held[1]) / 2 / gain)
 
 
 MONITORS = (
     Monitor(
         "kl_reference",
-        _last("kl_reference"),
+        _drift,
         True,
         "the model has moved far from its reference: raise the KL weight, lower the learning rate, or stop earlier",
     ),
@@ -118,8 +166,8 @@ MONITORS = (
         "heldout_fall",
         _heldout_fall,
         True,
-        "a reward that is only watched has fallen far: what is rewarded no longer stands for what is wanted; look at "
-        "samples, raise the KL weight, or make the watched reward a part of the reward",
+        "{of} has fallen far on held-out prompts: what is rewarded no longer stands for what is wanted; look at "
+        "samples, raise the KL weight, or make {of} a part of the reward",
     ),
     Monitor(
         "heldout_gap",
@@ -155,10 +203,12 @@ def judge(rows: Sequence[Row], config: MonitorConfig, before: Mapping[str, float
     """Verdicts on the newest row, given all rows so far and the evaluation before training."""
     verdicts: list[Verdict] = []
     for monitor in MONITORS:
-        value = monitor.measure(rows, before)
+        reading = monitor.measure(rows, before)
         threshold: float = getattr(config, monitor.name)
-        if value is not None and (value > threshold if monitor.above else value < threshold):
-            verdicts.append(Verdict(monitor.name, int(rows[-1]["iteration"]), value, threshold, monitor.advice))
+        if reading is not None and (reading.value > threshold if monitor.above else reading.value < threshold):
+            advice = monitor.advice.format(of=reading.of)
+            iteration = int(rows[-1]["iteration"])
+            verdicts.append(Verdict(monitor.name, iteration, reading.value, threshold, advice, reading.of))
     return verdicts
 
 

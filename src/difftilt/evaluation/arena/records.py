@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from difftilt.config import Config
 from difftilt.errors import UserError
-from difftilt.evaluation.cost import CURRENCIES, Currency, spent
+from difftilt.evaluation.arena.cost import CURRENCIES, Currency, spent
 from difftilt.models.ledger import Ledger
 
 Kind = Literal["base", "steered", "trained"]

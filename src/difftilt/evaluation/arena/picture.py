@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from difftilt.evaluation.arena_records import ArenaResult, Entry, Reading
-from difftilt.evaluation.cost import CURRENCIES, GRADIENT_PASS, WORDS, Currency, evaluations
+from difftilt.evaluation.arena.cost import CURRENCIES, GRADIENT_PASS, WORDS, Currency, evaluations
+from difftilt.evaluation.arena.records import ArenaResult, Entry, Reading
 
 AREA = 110.0
 """Area of a marker, in square points, at the largest diversity."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from difftilt.config import Problems
 from difftilt.errors import UserError
-from difftilt.evaluation.samples import Gallery, Particles, prompts_of, read_gallery, read_particles
-from difftilt.evaluation.tolerant import (
+from difftilt.evaluation.report.samples import Gallery, Particles, prompts_of, read_gallery, read_particles
+from difftilt.evaluation.report.tolerant import (
     Damage,
     Row,
     items,

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from difftilt.evaluation.arena_records import ArenaResult, Entry, Reading
-from difftilt.evaluation.cost import CURRENCIES, GRADIENT_PASS, WORDS, Currency, evaluations, spent
+from difftilt.evaluation.arena.cost import CURRENCIES, GRADIENT_PASS, WORDS, Currency, evaluations, spent
+from difftilt.evaluation.arena.records import ArenaResult, Entry, Reading
 
 
 @dataclass(frozen=True)

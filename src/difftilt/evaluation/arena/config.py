@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from difftilt.config import Config, Problems, dump
 from difftilt.errors import UserError
-from difftilt.evaluation.cost import Currency
+from difftilt.evaluation.arena.cost import Currency
 from difftilt.leaves import nearest
 from difftilt.recipes.loading import read
 from difftilt.recipes.parts import Part, read_part

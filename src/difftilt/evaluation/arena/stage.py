@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from difftilt.errors import UserError
-from difftilt.evaluation.arena_config import Arena, Member
-from difftilt.evaluation.arena_records import finite
+from difftilt.evaluation.arena.config import Arena, Member
+from difftilt.evaluation.arena.records import finite
 from difftilt.models.ledger import Ledger
 from difftilt.models.roles import CopiedRoles
 from difftilt.recipes.building import build_task, laws_of

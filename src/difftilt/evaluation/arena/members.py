@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from difftilt.errors import GuardError
-from difftilt.evaluation.arena_config import Member
-from difftilt.evaluation.arena_records import MemberRun, Reading, finite, within
-from difftilt.evaluation.cost import CURRENCIES, WORDS, Currency, spent, times
-from difftilt.evaluation.stage import Sampling, Stage, noise_of, search_bound
+from difftilt.evaluation.arena.config import Member
+from difftilt.evaluation.arena.cost import CURRENCIES, WORDS, Currency, spent, times
+from difftilt.evaluation.arena.records import MemberRun, Reading, finite, within
+from difftilt.evaluation.arena.stage import Sampling, Stage, noise_of, search_bound
 from difftilt.models.denoiser import denoiser
 from difftilt.models.ledger import Ledger
 from difftilt.rewards import as_reward

@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from difftilt.evaluation.charts import Cloud, limits_of, scatter_chart
-from difftilt.evaluation.reading import RunRecord
-from difftilt.evaluation.samples import Gallery, Particles, Stage, kind_of
-from difftilt.evaluation.sprites import Sprite, sprite, token_lines
+from difftilt.evaluation.report.charts import Cloud, limits_of, scatter_chart
+from difftilt.evaluation.report.reading import RunRecord
+from difftilt.evaluation.report.samples import Gallery, Particles, Stage, kind_of
+from difftilt.evaluation.report.sprites import Sprite, sprite, token_lines
 
 SHOWN = 12
 """Prompts in view; the others are folded away."""
+
+STEERED = 24
+"""Prompts of a steered run that are shown at all: there may be hundreds."""
 
 PARTICLES = 16
 """Particles of one prompt that are shown, those of the largest weight."""
@@ -109,20 +112,30 @@ def _trained(members: Sequence[tuple[int, Gallery]], number: int) -> Pictures:
         return Pictures(runs, note + _two_of(gallery.stages[0].media), plots=_stage_plots(stages, number))
     texts = zip(gallery.prompts, gallery.heldout, strict=True)
     found = [
-        Prompt(text, heldout, _strips(stages, slice(i * gallery.size, (i + 1) * gallery.size)))
+        Prompt(text, heldout, _strips(stages, slice(i * gallery.size, (i + 1) * gallery.size), gallery.score))
         for i, (text, heldout) in enumerate(texts)
     ]
     return Pictures(runs, note, found[:SHOWN], found[SHOWN:])
 
 
-def _strips(stages: Sequence[tuple[int, Stage]], rows: slice) -> list[Strip]:
+def _strips(stages: Sequence[tuple[int, Stage]], rows: slice, score: str) -> list[Strip]:
     """One row per stage; what several runs have alike before training is shown once, for no run in particular."""
     starts = [stage.media[rows] for _, stage in stages if stage.step == 0]
     shared = len(starts) > 1 and all(torch.equal(starts[0], other) for other in starts[1:])
     kept = [one for i, one in enumerate(stages) if not (shared and one[1].step == 0 and i > 0)]
     return [
-        _strip(_label(stage), None if shared and stage.step == 0 else place, stage.media[rows]) for place, stage in kept
+        _strip(
+            _label(stage) + _scored(stage, rows, score),
+            None if shared and stage.step == 0 else place,
+            stage.media[rows],
+        )
+        for place, stage in kept
     ]
+
+
+def _scored(stage: Stage, rows: slice, name: str) -> str:
+    """What the samples of one prompt score on average, for its label."""
+    return "" if stage.score is None else f" · {name} {float(stage.score[rows].double().mean()):.3g}"
 
 
 def _strip(label: str, run: int | None, media: Tensor, enlarged: int | None = None) -> Strip:
@@ -163,9 +176,11 @@ def _steered(place: int, record: RunRecord, particles: Particles, number: int) -
     heldout = bool(record.config) and record.section("steering").get("prompts") is None
     prompts = [
         Prompt(_caption(record, group), heldout, _particle_strips(particles, group, place))
-        for group in range(len(particles.best))
+        for group in range(min(len(particles.best), STEERED))
     ]
     note = f"{count}, in order of weight." + (f" The first {PARTICLES} are shown." if counts.max() > PARTICLES else "")
+    if len(particles.best) > STEERED:
+        note += f" The first {STEERED} of {len(particles.best)} prompts are shown."
     return Pictures([place], note, prompts[:SHOWN], prompts[SHOWN:])
 
 

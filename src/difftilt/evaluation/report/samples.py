@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from difftilt.evaluation.tolerant import Damage, items, read_object, read_tensors
+from difftilt.evaluation.report.tolerant import Damage, items, read_object, read_tensors
 
 Kind = Literal["images", "vectors", "tokens"]
 
@@ -21,10 +21,12 @@ class Stage:
     Attributes:
         step: iterations done; 0 is before training.
         media: as decoded, (prompts · size, ...), prompts outermost.
+        score: of each sample, where the run kept it.
     """
 
     step: int
     media: Shaped[Tensor, "rows *shape"]
+    score: Float[Tensor, " rows"] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Gallery:
         heldout: whether the prompt was never trained on.
         size: samples of each prompt.
         stages: before training and newest, or the one of them that is there.
+        score: name of what the samples are scored by.
     """
 
     prompts: tuple[str, ...]
     heldout: tuple[bool, ...]
     size: int
     stages: tuple[Stage, ...]
+    score: str = "score"
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def read_gallery(run: Path, damage: Damage) -> Gallery | None:
     if len({(kind_of(stage.media), stage.media.shape[1:]) for stage in stages}) > 1:
         damage.add("the samples before and after are of different shapes; only the newest are shown")
         stages = stages[-1:]
-    return Gallery(prompts, flags, size, stages) if stages else None
+    return Gallery(prompts, flags, size, stages, str(described.get("score", "score"))) if stages else None
 
 
 def read_particles(run: Path, damage: Damage) -> Particles | None:
@@ -136,7 +140,8 @@ def _stage(path: Path, step: int, rows: int, damage: Damage) -> Stage | None:
     if kind_of(media) is None or len(media) != rows:
         damage.add(f"{path.name} holds samples of shape {tuple(media.shape)}, which do not fit {rows} rows of prompts")
         return None
-    return Stage(step, media)
+    score = tensors.get("score")
+    return Stage(step, media, score if score is not None and score.shape == (rows,) else None)
 
 
 def _points_into(index: Tensor, rows: int) -> bool:

@@ -13,10 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from difftilt import __version__
 from difftilt.errors import UserError
-from difftilt.evaluation import views
-from difftilt.evaluation.charts import COLOURS
-from difftilt.evaluation.pictures import pictures
-from difftilt.evaluation.reading import RunRecord, read_runs
+from difftilt.evaluation.report import views
+from difftilt.evaluation.report.charts import COLOURS
+from difftilt.evaluation.report.pictures import pictures
+from difftilt.evaluation.report.reading import RunRecord, read_runs
 from difftilt.training.logs import write_text
 
 MARK = '<meta name="generator" content="difftilt'

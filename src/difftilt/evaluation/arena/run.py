@@ -20,13 +20,13 @@ import torch
 from difftilt import __version__
 from difftilt.config import Problems
 from difftilt.errors import GuardError, RewardError, UserError
-from difftilt.evaluation.arena_config import Arena, Member, load_arena
-from difftilt.evaluation.arena_picture import save_arena_picture
-from difftilt.evaluation.arena_records import ArenaResult, Entry, Kind, MemberRun, read_json, write_json
-from difftilt.evaluation.arena_tables import markdown_tables
-from difftilt.evaluation.cost import CURRENCIES
-from difftilt.evaluation.members import Plan, plan_of, run_member
-from difftilt.evaluation.stage import Stage
+from difftilt.evaluation.arena.config import Arena, Member, load_arena
+from difftilt.evaluation.arena.cost import CURRENCIES
+from difftilt.evaluation.arena.members import Plan, plan_of, run_member
+from difftilt.evaluation.arena.picture import save_arena_picture
+from difftilt.evaluation.arena.records import ArenaResult, Entry, Kind, MemberRun, read_json, write_json
+from difftilt.evaluation.arena.stage import Stage
+from difftilt.evaluation.arena.tables import markdown_tables
 from difftilt.leaves import nearest
 from difftilt.recipes.directory import CONFIG, differences
 from difftilt.training.logs import write_text

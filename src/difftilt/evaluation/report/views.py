@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from difftilt.errors import UserError
-from difftilt.evaluation.charts import Line, Style, line_chart
-from difftilt.evaluation.reading import RunRecord
-from difftilt.evaluation.tolerant import Row
+from difftilt.evaluation.report.charts import Line, Style, line_chart
+from difftilt.evaluation.report.reading import RunRecord
+from difftilt.evaluation.report.tolerant import Row
 from difftilt.leaves import find
 
 FIRST = ("reward", "kl_reference", "diversity")
@@ -95,18 +95,22 @@ def facts(record: RunRecord) -> list[str]:
 
 
 def headline(record: RunRecord) -> list[Change]:
-    """Reward, drift and diversity, then every held-out reward, then the components of the reward."""
+    """Reward, drift and diversity, then every held-out reward, then the components of the reward.
+
+    The number that the task splits by category is the one it is known by, so it stands first among the held-out ones.
+    """
     keys = [*dict.fromkeys([*record.before, *record.after])]
+    known = [key.partition("@")[0] for key in keys if "@" in key]
     plain = [key for key in keys if "@" not in key and key not in FIRST and not _spread(key, keys)]
-    heldout = [key for key in plain if not key.startswith("reward/")]
+    heldout = sorted((key for key in plain if not key.startswith("reward/")), key=lambda key: key not in known)
     parts = [key for key in plain if key.startswith("reward/")]
     order = [*(key for key in FIRST if key in keys), *heldout, *(parts if len(parts) > 1 else [])]
     return [Change(NAMES.get(key, key), record.before.get(key), record.after.get(key)) for key in order]
 
 
 def _spread(key: str, keys: Sequence[str]) -> bool:
-    """Whether a number is the spread of another one."""
-    return key.endswith("_std") and key[:-4] in keys
+    """Whether a number is the spread of another one, or the fall of it that is tolerated."""
+    return any(key.endswith(end) and key.removesuffix(end) in keys for end in ("_std", "_tolerance"))
 
 
 def overview(records: Sequence[RunRecord]) -> list[list[Change]]:
