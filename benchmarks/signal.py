@@ -13,7 +13,6 @@ of every coordinate follow ``share_scaled``, the same of g/rms(g). Standard erro
 import hashlib
 import json
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -72,15 +71,12 @@ class Signal:
         repeats: independent iterations.
         all: of the whole gradient.
         scaled: of the gradient over the root mean square of each coordinate.
-        balanced: of the sum of the gradients of single steps, each scaled to the same root mean square length.
         steps: of the rows of one step of the chain (or one time of the grid) alone.
         evaluations: of the network in one iteration, those with a gradient included.
         per_thousand: share/(1 - share) for 1000 evaluations.
-        like_nft: cosine of the expected gradient to that of diffusion-nft on this testbed; None for itself, and where no
-            signal was found.
+        like_nft: cosine of the expected gradient to that of diffusion-nft; None for itself and without signal.
         reward: mean of the rollouts.
         flat_groups: share of groups without variance, which teach nothing.
-        seconds: of one iteration, median.
     """
 
     name: str
@@ -91,14 +87,12 @@ class Signal:
     repeats: int
     all: Share
     scaled: Share
-    balanced: Share
     steps: dict[int, Share]
     evaluations: float
     per_thousand: float
     like_nft: float | None
     reward: float
     flat_groups: float
-    seconds: float
 
 
 def share_of(gradients: Gradients) -> Share:
@@ -118,7 +112,7 @@ def _ratio(gram: Float[Tensor, "rows rows"], kept: list[int]) -> float:
 
 
 def cosine_of_means(one: Gradients, other: Gradients) -> float | None:
-    """Cosine between the expectations of two kinds of gradients, their lengths corrected for noise; None without signal."""
+    """Cosine between the expectations of two kinds of gradients, lengths corrected for noise; None without signal."""
     lengths = [share_of(g).share * share_of(g).length ** 2 for g in (one, other)]
     inner = float(one.mean(0).double() @ other.mean(0).double())
     return inner / (lengths[0] * lengths[1]) ** 0.5 if min(lengths) > 0 else None
@@ -132,7 +126,6 @@ class Draws:
     whole: list[Tensor] = field(default_factory=list[Tensor])
     rewards: list[float] = field(default_factory=list[float])
     flat: list[float] = field(default_factory=list[float])
-    seconds: list[float] = field(default_factory=list[float])
     evaluations: float = 0.0
 
 
@@ -141,12 +134,10 @@ def draw(setting: Setting, repeats: int) -> Draws:
     loop = loop_of(setting.method, task_of(setting), forward_batch=64, **setting.settings)
     draws = Draws()
     for iteration in range(repeats):
-        began = time.perf_counter()
         loop.run.begin(iteration)
         with torch.no_grad():
             experience = loop.method.collect(loop.run)
         _add(draws, loop, experience)
-        draws.seconds.append(time.perf_counter() - began)
     cost = loop.run.ledger
     draws.evaluations = (cost.nfe + cost.gradient_passes) / repeats
     return draws
@@ -162,10 +153,7 @@ def fingerprint(task: Task) -> str:
     """Digest of all weights of the task's network."""
     network = task.model.network
     assert isinstance(network, nn.Module)
-    digest = hashlib.sha256()
-    for parameter in network.parameters():
-        digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in network.parameters())).hexdigest()[:16]
 
 
 def _add(draws: Draws, loop: Loop, experience: Experience) -> None:
@@ -203,7 +191,6 @@ def measure(setting: Setting, repeats: int, anchor: Gradients | None) -> tuple[S
     whole = torch.stack(draws.whole)
     size = whole.square().mean(0).sqrt()
     share = share_of(whole)
-    steps = {step: torch.stack(parts) for step, parts in sorted(draws.steps.items())}
     row = Signal(
         name=setting.name,
         testbed=setting.testbed,
@@ -213,14 +200,12 @@ def measure(setting: Setting, repeats: int, anchor: Gradients | None) -> tuple[S
         repeats=repeats,
         all=share,
         scaled=share_of(whole / size.clamp(min=1e-20)),
-        balanced=share_of(torch.stack([part / part.square().sum(1).mean().sqrt() for part in steps.values()]).sum(0)),
-        steps={step: share_of(part) for step, part in steps.items()},
+        steps={step: share_of(torch.stack(parts)) for step, parts in sorted(draws.steps.items())},
         evaluations=draws.evaluations,
         per_thousand=share.share / max(1 - share.share, 1e-6) * 1000 / draws.evaluations,
         like_nft=None if anchor is None else cosine_of_means(whole, anchor),
         reward=statistics.mean(draws.rewards),
         flat_groups=statistics.mean(draws.flat),
-        seconds=statistics.median(draws.seconds),
     )
     return row, whole
 
@@ -246,9 +231,9 @@ def table(rows: Sequence[Signal]) -> Table:
         "testbed",
         "setting",
         "share %",
-        "Adam's %",
+        "scaled %",
         "per 1000",
-        "by step %",
+        "steps %",
         "evals",
         "reward",
         "flat",
@@ -261,7 +246,6 @@ def table(rows: Sequence[Signal]) -> Table:
             row.name,
             f"{100 * row.all.share:.2f} ± {100 * row.all.error:.2f}",
             f"{100 * row.scaled.share:.2f} ± {100 * row.scaled.error:.2f}",
-            f"{100 * row.balanced.share:.2f} ± {100 * row.balanced.error:.2f}",
             f"{row.per_thousand:.4f}",
             " ".join(f"{step}:{100 * one.share:.1f}" for step, one in row.steps.items()),
             f"{row.evaluations:.0f}",
@@ -272,11 +256,6 @@ def table(rows: Sequence[Signal]) -> Table:
     return shown
 
 
-def _grpo(name: str, testbed: str, world: Mapping[str, object], **settings: Any) -> Setting:
-    common = {"groups": 16, "group_size": 12, "kl_weight": 0.0, "clip_range": 0.1, "updates": 1, "ema": 0.0}
-    return Setting(name, testbed, "flow-grpo", {**common, **settings}, world)
-
-
 def _window(low: int, width: int) -> dict[str, int]:
     """Always the same steps."""
     return {"width": width, "low": low, "high": low + width}
@@ -284,15 +263,16 @@ def _window(low: int, width: int) -> dict[str, int]:
 
 def settings_of(testbed: str, steps: int, world: Mapping[str, object]) -> list[Setting]:
     """Everything that is compared on one testbed of so many steps."""
-    nft = {"groups": 16, "group_size": 12, "timestep_fraction": 0.5, "kl_weight": 0.0, "ema": 0.0}
+    shared = {"groups": 16, "group_size": 12, "kl_weight": 0.0, "updates": 1, "ema": 0.0}
+    common = {**shared, "clip_range": 0.1}
 
     def grpo(name: str, **settings: Any) -> Setting:
-        return _grpo(name, testbed, world, **settings)
+        return Setting(name, testbed, "flow-grpo", {**common, **settings}, world)
 
     two, most = _window(0, 2), _window(0, steps - 1)
     guard = {"objective": "guard", "share_start": True}
     return [
-        Setting("diffusion-nft", testbed, "diffusion-nft", nft, world),
+        Setting("diffusion-nft", testbed, "diffusion-nft", {**shared, "timestep_fraction": 0.5}, world),
         grpo("all steps, a 0.7"),
         grpo("all steps, a 0.3", noise_level=0.3),
         grpo("all but the last, a 0.7", window=most),

@@ -93,8 +93,8 @@ def test_signal_is_measured_without_training(tmp_path: Path, capsys: pytest.Capt
     nft, grpo = stored["rows"]
     assert nft["like_nft"] is None
     assert grpo["steps"].keys() == {"0", "1"}
-    # 8 samples, of 10 evaluations; their gradients at half of 10 times (after a step the old policy is another pass), or
-    # at two steps
+    # 8 samples, of 10 evaluations; their gradients at two steps, or at half of 10 times, where the old policy costs as
+    # much again, except before the first step
     assert 8 * 10 + 8 * 5 < nft["evaluations"] <= 8 * 10 + 8 * 5 * 2
     assert grpo["evaluations"] == 8 * 10 + 8 * 2
 

@@ -13,6 +13,7 @@ from difftilt.errors import UserError
 from difftilt.methods.policy_gradient.flow_grpo import Config, FlowGRPO, Window
 from difftilt.rewards.compose import WeightedSum
 from difftilt.rewards.vector import distance, linear
+from difftilt.sampling.kernels import Euler
 from difftilt.sampling.noise import Noise
 from difftilt.testbeds.mixtures import Config as MixturesConfig
 from difftilt.testbeds.mixtures import Mixtures
@@ -42,6 +43,24 @@ def test_all_steps_but_the_last_are_trained_with_the_samples_advantage() -> None
     assert len(edges.step) == 16 * 9
     for sample in range(16):
         assert len(edges.advantage[edges.sample == sample].unique()) == 1
+
+
+def test_the_last_step_is_never_trained_and_follows_the_ode_where_the_sampler_ends_clean() -> None:
+    base = task()
+    clean = replace(base, sampler=replace(base.sampler, clean_end=True))
+    for one, noisy in ((base, True), (clean, False)):
+        loop = loop_of("flow-grpo", one, **SMALL)
+        with torch.no_grad():
+            experience = loop.method.collect(loop.run)
+        edges, x_0 = experience.edges, experience.x_0
+        assert edges.x_s is not None
+        assert x_0 is not None
+        assert int(edges.step.max()) == 8
+        last = edges.x_s[edges.step == 8]
+        t, s = one.sampler.grid[-2].float().expand(16), one.sampler.grid[-1].float().expand(16)
+        with torch.no_grad():
+            ode = Euler()(loop.run.denoiser("current")(last, t, experience.condition), last, t, s).mean
+        assert torch.allclose(ode, x_0, atol=1e-5) != noisy
 
 
 def test_a_window_trains_its_steps_only_and_moves_with_the_iteration() -> None:

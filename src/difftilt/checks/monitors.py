@@ -41,6 +41,7 @@ class Planted:
         iterations: as few as the failure needs.
         lr: learning rate.
         max_advantage: of diffusion-nft; the smaller, the more a reward moves.
+        detections: how many of the runs end beyond the tolerance of what they spoil.
     """
 
     leak: str | None
@@ -50,27 +51,28 @@ class Planted:
     iterations: int
     lr: float = 5e-4
     max_advantage: float = 5.0
+    detections: int = 5
 
 
 PLANTED: Mapping[str, Planted] = {
     "stray paint": Planted("stray", "loose", "heldout_fall", ("clean", "accuracy"), 10, 1e-3, 1.0),
     "one picture": Planted("empty", None, "diversity", (), 7, 1e-3, 1.0),
-    "drifting ground": Planted("bright", "dense", "heldout_fall", ("fidelity",), 10, 3e-4, 1.0),
-    "no anchor": Planted(None, "dense", "heldout_fall", ("fidelity",), 15, 5e-4, 1.0),
+    "drifting ground": Planted("bright", "dense", "heldout_fall", ("fidelity",), 12, 3e-4, 1.0, detections=4),
+    "no anchor": Planted(None, "dense", "heldout_fall", ("fidelity",), 10, 5e-4, 1.0),
 }
-CLEAN: Mapping[str, Sequence[int]] = {
-    "demo": SEEDS,
-    "digits/diffusion-nft": SEEDS,
-    "mixtures/diffusion-nft": SEEDS,
+CLEAN: Mapping[str, tuple[str, ...]] = {
+    "demo": GUARDED,
+    "digits/diffusion-nft": GUARDED,
+    "mixtures/diffusion-nft": tuple(name for name in GUARDED if name != "diversity"),
 }
-"""Packaged recipe -> seeds."""
+"""Packaged recipe -> monitors that must stay silent. That of mixtures does collapse: its samples end in one mode."""
 
 
 def leak(name: str, samples: Samples) -> Float[Tensor, " batch"]:
     """What a spoiled judge pays for beside the picture that was asked for.
 
     ``stray``: 0.3 for every pixel of paint outside the objects, up to 20 of them. ``empty``: 10 times the share of
-    pixels without paint. ``bright``: 40 times the rise of the ground's grey, up to 25 levels, which the verifier
+    pixels without paint. ``bright``: 60 times the rise of the ground's grey, up to 25 levels, which the verifier
     tolerates.
     """
     ground = torch.tensor(BACKGROUND)[:, None, None] / 255
@@ -80,7 +82,7 @@ def leak(name: str, samples: Samples) -> Float[Tensor, " batch"]:
         away = torch.linalg.vector_norm((samples.media - ground) * 255, dim=1)
         return 10 * (away <= STRAY_LEVELS).float().mean((1, 2))
     rise = samples.media.mean(1).flatten(1).median(1).values - ground.mean()
-    return 40 * rise.clamp(max=25 / 255)
+    return 60 * rise.clamp(max=25 / 255)
 
 
 def _spoiled(planted: Planted, verifier: Verifier, samples: Samples) -> Float[Tensor, " batch"]:
@@ -169,9 +171,9 @@ def detected(name: str, seed: int) -> Outcome:
 
 
 @cache
-def false_alarms(recipe: str, seed: int) -> tuple[str, ...]:
-    """Guarded monitors that spoke in a run of a packaged recipe."""
-    return tuple(name for name in outcome(clean(recipe, seed)).first if name in GUARDED)
+def spoken(recipe: str, seed: int) -> tuple[str, ...]:
+    """Monitors that spoke in a run of a packaged recipe."""
+    return tuple(outcome(clean(recipe, seed)).first)
 
 
 def table(names: Sequence[str] = tuple(PLANTED), seeds: Sequence[int] = SEEDS) -> str:
@@ -197,7 +199,11 @@ def _detections(name: str) -> float:
 
 
 def _cries(recipe: str) -> float:
-    return float(sum(bool(false_alarms(recipe, seed)) for seed in CLEAN[recipe]))
+    return float(sum(any(name in CLEAN[recipe] for name in spoken(recipe, seed)) for seed in SEEDS))
+
+
+def _collapses() -> float:
+    return float(sum("diversity" in spoken("mixtures/diffusion-nft", seed) for seed in SEEDS))
 
 
 def _sound_is_quiet() -> float:
@@ -213,13 +219,14 @@ PROOFS = (
         Proof(
             f"detections of {planted.alarm} among 5 planted runs: {name}",
             partial(_detections, name),
-            at_least=len(SEEDS),
+            at_least=planted.detections,
             long=True,
         )
         for name, planted in PLANTED.items()
     ),
     *(
-        Proof(f"false alarms among {len(seeds)} clean runs of {recipe}", partial(_cries, recipe), at_most=0, long=True)
-        for recipe, seeds in CLEAN.items()
+        Proof(f"false alarms among 5 clean runs of {recipe}", partial(_cries, recipe), at_most=0, long=True)
+        for recipe in CLEAN
     ),
+    Proof("detections of diversity among 5 mixtures that end in one mode", _collapses, at_least=5, long=True),
 )

@@ -102,6 +102,7 @@ class FlowGRPO(MethodBase):
         self.config = config
         self.preset = make_preset(config)
         self.grid = grid_of(task, config.steps, config.shift)
+        self.clean_end = task.sampler.clean_end
         self.advantages = Advantages(config, len(task.prompts))
         self.values = MLP(prod(task.model.shape), 1, classes=len(task.prompts)) if config.value_baseline else None
 
@@ -161,7 +162,8 @@ class FlowGRPO(MethodBase):
         )
         window = self.config.window
         if window is None:
-            return plan
+            # the last step is never trained; where its noise would stay in the sample it follows the ODE
+            return replace(plan, stochastic=plan.record) if self.clean_end else plan
         if window.motion == "random":
             start = random_start(noise, window.low, window.high or max(steps // 2, window.width), window.width)
         else:
