@@ -227,18 +227,7 @@ def run(settings: Sequence[Setting], repeats: int, path: Path) -> list[Signal]:
 
 def table(rows: Sequence[Signal]) -> Table:
     """One row per setting."""
-    columns = (
-        "testbed",
-        "setting",
-        "share %",
-        "scaled %",
-        "per 1000",
-        "steps %",
-        "evals",
-        "reward",
-        "flat",
-        "like nft",
-    )
+    columns = ("testbed", "setting", "share %", "scaled %", "per 1000", "steps %", "cost", "reward", "flat", "nft")
     shown = Table(*columns, box=None, header_style="bold")
     for row in rows:
         shown.add_row(

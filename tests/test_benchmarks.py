@@ -88,7 +88,7 @@ def test_the_share_of_signal_is_that_of_gradients_whose_law_is_known() -> None:
 def test_signal_is_measured_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = importlib.import_module("benchmarks.__main__").main
     assert main(["signal", "--size", "tiny", "--repeats", "3", "--output", str(tmp_path)]) == 0
-    assert "like nft" in capsys.readouterr().out
+    assert "diffusion-nft" in capsys.readouterr().out
     stored = json.loads((tmp_path / "signal.json").read_text())
     nft, grpo = stored["rows"]
     assert nft["like_nft"] is None

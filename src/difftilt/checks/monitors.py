@@ -23,8 +23,8 @@ from difftilt.testbeds.shapes_world import BACKGROUND
 from difftilt.training.loop import TrainResult, train_task
 from difftilt.training.monitors import Verdict
 
-SEEDS = (10, 11, 12, 13, 14)
-"""Of the reported runs; leaks and rules were chosen on seeds 0 and 1."""
+SEEDS = (20, 21, 22, 23, 24)
+"""Of the reported runs; leaks, lengths and rules were chosen on seeds below them."""
 GUARDED = ("kl_reference", "diversity", "heldout_fall", "heldout_gap")
 """Monitors that must stay silent on a sound run; the others speak of how efficiently it learns."""
 
@@ -41,7 +41,6 @@ class Planted:
         iterations: as few as the failure needs.
         lr: learning rate.
         max_advantage: of diffusion-nft; the smaller, the more a reward moves.
-        detections: how many of the runs end beyond the tolerance of what they spoil.
     """
 
     leak: str | None
@@ -51,21 +50,19 @@ class Planted:
     iterations: int
     lr: float = 5e-4
     max_advantage: float = 5.0
-    detections: int = 5
 
 
 PLANTED: Mapping[str, Planted] = {
     "stray paint": Planted("stray", "loose", "heldout_fall", ("clean", "accuracy"), 10, 1e-3, 1.0),
     "one picture": Planted("empty", None, "diversity", (), 7, 1e-3, 1.0),
-    "drifting ground": Planted("bright", "dense", "heldout_fall", ("fidelity",), 12, 3e-4, 1.0, detections=4),
+    "drifting ground": Planted("bright", "dense", "heldout_fall", ("fidelity",), 15, 3e-4, 1.0),
     "no anchor": Planted(None, "dense", "heldout_fall", ("fidelity",), 10, 5e-4, 1.0),
 }
 CLEAN: Mapping[str, tuple[str, ...]] = {
     "demo": GUARDED,
-    "digits/diffusion-nft": GUARDED,
-    "mixtures/diffusion-nft": tuple(name for name in GUARDED if name != "diversity"),
+    "digits/flow-grpo": GUARDED,
 }
-"""Packaged recipe -> monitors that must stay silent. That of mixtures does collapse: its samples end in one mode."""
+"""Packaged recipe -> monitors that must stay silent."""
 
 
 def leak(name: str, samples: Samples) -> Float[Tensor, " batch"]:
@@ -219,7 +216,7 @@ PROOFS = (
         Proof(
             f"detections of {planted.alarm} among 5 planted runs: {name}",
             partial(_detections, name),
-            at_least=planted.detections,
+            at_least=5,
             long=True,
         )
         for name, planted in PLANTED.items()
