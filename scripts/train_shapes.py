@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from difftilt.models.dit import DiT
 from difftilt.models.saving import save_pretrained
-from difftilt.models.text import TextEncoder
+from difftilt.models.text_encoder import TextEncoder
 from difftilt.process.gaussian import RectifiedFlow
 from difftilt.process.grid import uniform_grid
 from difftilt.sampling.noise import Noise

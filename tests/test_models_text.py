@@ -7,7 +7,7 @@ import torch
 
 from difftilt.errors import UserError
 from difftilt.models.saving import from_pretrained, save_pretrained
-from difftilt.models.text import TextEncoder
+from difftilt.models.text_encoder import TextEncoder
 
 WORDS = ["red", "blue", "circle", "of"]
 

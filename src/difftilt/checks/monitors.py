@@ -55,7 +55,7 @@ class Planted:
 PLANTED: Mapping[str, Planted] = {
     "stray paint": Planted("stray", "loose", "heldout_fall", ("clean", "accuracy"), 10, 1e-3, 1.0),
     "one picture": Planted("empty", None, "diversity", (), 7, 1e-3, 1.0),
-    "drifting ground": Planted("bright", "dense", "heldout_fall", ("fidelity",), 15, 3e-4, 1.0),
+    "drifting ground": Planted("bright", "dense", "heldout_fall", ("fidelity",), 25, 3e-4, 1.0),
     "no anchor": Planted(None, "dense", "heldout_fall", ("fidelity",), 10, 5e-4, 1.0),
 }
 CLEAN: Mapping[str, tuple[str, ...]] = {

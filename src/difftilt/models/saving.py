@@ -21,7 +21,7 @@ from difftilt.models.markov import MarkovPosterior
 from difftilt.models.masked_transformer import MaskedTransformer
 from difftilt.models.mixture import GaussianMixture, MixtureVelocity
 from difftilt.models.mlp import MLP
-from difftilt.models.text import TextEncoder
+from difftilt.models.text_encoder import TextEncoder
 from difftilt.process.gaussian import GaussianProcess, RectifiedFlow, VariancePreserving
 
 WEIGHTS = "model.safetensors"

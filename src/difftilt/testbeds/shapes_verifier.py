@@ -66,7 +66,7 @@ class Judgement:
         shape: the same of shapes.
         binding: the same of objects, each a colour with a shape.
         position: share of the pairs of objects that obey the relation; 1 where the prompt has none.
-        clean: 1 if there is no more stray paint than allowed, else 0.
+        clean: 1 if there is no more stray paint than allowed, else 0; the ring of a pixel around an object is not seen.
     """
 
     count: float

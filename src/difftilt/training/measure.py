@@ -17,6 +17,7 @@ from difftilt.sampling.protocol import Sampler
 from difftilt.sampling.rollout import sample, start_state
 from difftilt.statistics.diversity import mean_group_diversity
 from difftilt.training.experience import PromptBatch
+from difftilt.training.protocol import Task
 from difftilt.training.run import LoopRun
 from difftilt.training.world import World
 from difftilt.trees import take
@@ -91,10 +92,23 @@ def _heldout_groups(run: LoopRun, count: int) -> tuple[int, int]:
 def heldout_batch(run: LoopRun, count: int) -> PromptBatch:
     """This process's share of whole groups, spread over the held-out prompts; at least two samples in each."""
     groups, size = _heldout_groups(run, count)
-    prompts, rank, processes = len(run.task.heldout_prompts), run.world.rank, run.world.size
+    rank, processes = run.world.rank, run.world.size
     share = torch.arange(rank * groups // processes, (rank + 1) * groups // processes)
     group = share.repeat_interleave(size)
-    return run.batch(group * prompts // groups, group, first=int(share[0]) * size, heldout=True)
+    return run.batch(_spread(run.task, groups)[group], group, first=int(share[0]) * size, heldout=True)
+
+
+def _spread(task: Task, groups: int) -> Int[Tensor, " groups"]:
+    """Places of the prompts that are evaluated: evenly over all, unless that step leaves out a whole category."""
+    prompts = len(task.heldout_prompts)
+    even = torch.arange(groups) * prompts // groups
+    if task.categories is None:
+        return even
+    kinds = [task.categories(prompt) for prompt in task.heldout_prompts]
+    if len({kinds[place] for place in even.tolist()}) == len(set(kinds)):
+        return even
+    # prompts that come in turn by category meet an even step; the first ones then hold every category
+    return torch.arange(groups)
 
 
 def _rewards(run: LoopRun, samples: Samples) -> dict[str, float]:

@@ -139,10 +139,11 @@ def _heldout_gap(rows: Sequence[Row], before: Mapping[str, float]) -> Reading | 
         return None
     means = [row["reward_mean"] for row in rows[: seen[-1] + 1]]
     first, last = means[: seen[0] + 1], means[seen[-2] + 1 :]
-    squares = sum((later - earlier) ** 2 for earlier, later in pairwise(means)) / (2 * (len(means) - 1))
+    # a product overflows to infinity, a power raises
+    squares = sum((later - earlier) * (later - earlier) for earlier, later in pairwise(means)) / (2 * (len(means) - 1))
     error = (squares * (1 / len(first) + 1 / len(last))) ** 0.5
     gain = fmean(last) - fmean(first) - NOISE * error
-    if gain <= GAIN * max(rows[0].get("reward_std", 0.0), 1e-12):
+    if not gain > GAIN * max(rows[0].get("reward_std", 0.0), 1e-12):
         return None
     held = [before["reward"], *(rows[place]["heldout/reward"] for place in seen)]
     return Reading(1 - (held[-2] + held[-1] - held[0] - held[1]) / 2 / gain)

@@ -102,7 +102,7 @@ def read_json(kind: type[R], path: Path) -> R:
     """
     try:
         return kind.model_validate_json(path.read_text(encoding="utf-8"), strict=True)
-    except (ValidationError, UnicodeDecodeError) as error:
+    except (ValidationError, UnicodeDecodeError, OSError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{path} is damaged ({first}): remove it, and it is measured again with --resume") from error
 

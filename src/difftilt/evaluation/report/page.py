@@ -3,6 +3,7 @@
 The file needs no network and no script, all text of users is escaped, and the same runs give the same bytes.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,4 +146,4 @@ def signed(value: float | None) -> str:
 
 def whole(value: Any) -> str:
     """A count with thin spaces between thousands; a dash for what is missing."""
-    return "–" if value is None else f"{int(value):,}".replace(",", "\u202f")
+    return "–" if value is None or not math.isfinite(value) else f"{int(value):,}".replace(",", "\u202f")

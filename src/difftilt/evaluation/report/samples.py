@@ -78,6 +78,8 @@ def kind_of(media: Tensor) -> Kind | None:
 
 def read_gallery(run: Path, damage: Damage) -> Gallery | None:
     """The gallery of a training run; None where it kept none or none can be read."""
+    if (run / "samples").is_dir() and not (run / "samples" / "prompts.json").exists():
+        damage.add("prompts.json is missing: the samples cannot be shown")
     described = read_object(run / "samples" / "prompts.json", damage)
     if not described:
         return None
