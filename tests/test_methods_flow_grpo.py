@@ -10,7 +10,7 @@ from torch import Tensor
 from difftilt.checks.trial import gradient, loop_of, make_method, perturbed, trained, with_reward
 from difftilt.credit.history import History
 from difftilt.errors import UserError
-from difftilt.methods.policy_gradient.flow_grpo import Config, FlowGRPO, Window
+from difftilt.methods.policy_gradient.flow_grpo import Config, FlowGRPO
 from difftilt.rewards.compose import WeightedSum
 from difftilt.rewards.vector import distance, linear
 from difftilt.sampling.kernels import Euler
@@ -20,6 +20,7 @@ from difftilt.testbeds.mixtures import Mixtures
 from difftilt.testbeds.sequences import Config as SequencesConfig
 from difftilt.testbeds.sequences import Sequences
 from difftilt.training.experience import Experience
+from difftilt.training.policy_gradient import Window
 from difftilt.training.protocol import Task
 
 SMALL: dict[str, Any] = {"groups": 4, "group_size": 4, "updates": 1}

@@ -235,3 +235,30 @@ def test_mixed_rows_of_a_step_keep_both_laws() -> None:
     assert torch.equal(both.mean[~rows], ode.mean[~rows])
     assert torch.equal(both.std, torch.where(rows, noisy.std, 0))
     assert replace(both).deterministic is False
+
+
+def test_edges_of_one_state_are_evaluated_once_and_replay_the_same() -> None:
+    plan = Plan(record=torch.arange(10) == 0, branch={0: 4}, stochastic=torch.arange(10) == 0)
+    trajectory = roll(torch.arange(0, 24, 4), plan)
+    edges, model = trajectory.edges, denoise()
+    assert edges.x_s is not None
+    assert edges.log_prob is not None
+    step = replay(model, flow_sde(), edges, None, state=edges.sample // 4).step
+    assert model.ledger.gradient_passes == 6
+    assert torch.equal(flow_sde().log_prob(step, edges.x_s), edges.log_prob)
+
+
+def test_the_shift_of_a_guided_law_is_recorded_with_its_probability() -> None:
+    def push(moment: Moment) -> Tensor | None:
+        return 0.1 * moment.x_t if int(moment.position) == 1 else None
+
+    trajectory = roll(torch.arange(8), Plan(record=every_step(), score="guided"), guide=push)
+    edges = trajectory.edges
+    assert edges.x_t is not None
+    assert edges.x_s is not None
+    assert edges.log_prob is not None
+    expected = torch.where((edges.step == 1)[:, None], 0.1 * edges.x_t, 0.0)
+    assert torch.equal(edges.extras["shift"], expected)
+    step = replay(denoise(), flow_sde(), edges, None).step.shift(edges.extras["shift"])
+    assert torch.equal(flow_sde().log_prob(step, edges.x_s), edges.log_prob)
+    assert "shift" not in roll(torch.arange(8), Plan(record=every_step()), guide=push).edges.extras

@@ -366,3 +366,28 @@ def test_dropout_is_off_so_the_ratio_is_one() -> None:
     loop.iterate(0)
     assert loop.rows[0]["ratio_mean"] == 1.0
     assert loop.rows[0]["ratio_std"] == 0.0
+
+
+def test_a_phase_may_say_which_update_an_edge_belongs_to_and_hear_of_each() -> None:
+    method, loop = regression()
+    heard: list[float] = []
+    experience = shuffled(make_experience())
+    phase = method.phase(
+        loop,
+        updates=3,
+        part=lambda experience: 2 - experience.edges.step,
+        after=lambda metrics: heard.append(metrics["label"]),
+    )
+    loop.updater.run_phase(phase, experience, NOISE)
+    assert heard == [2, 1, 0]
+    assert [sorted(piece.tolist()) for piece in method.seen] == [
+        list(range(24, 36)),
+        list(range(12, 24)),
+        list(range(12)),
+    ]
+
+
+def test_microbatches_count_units_where_the_rows_of_one_share_a_state() -> None:
+    method, loop = regression(forward_batch=2)
+    loop.updater.run_phase(method.phase(loop, unit="group", one_state=True), make_experience(), NOISE)
+    assert [len(piece) for piece in method.seen] == [24, 12]

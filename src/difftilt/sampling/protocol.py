@@ -103,7 +103,7 @@ class Solver(Protocol):
 
 
 @dataclass(frozen=True)
-class Moment:
+class Moment(Batched):
     """What is known in a rollout just before a state is drawn.
 
     Attributes:
@@ -122,6 +122,9 @@ class Moment:
     index: Tensor
     position: int | Tensor
 
+
+SHIFT = "shift"
+"""Name in ``edges.extras`` of what a guide added, recorded where the log-probability is that of the guided law."""
 
 Guide = Callable[[Moment], Tensor | None]
 """What ``step.shift`` adds before the draw, or None for nothing; called with gradients enabled."""

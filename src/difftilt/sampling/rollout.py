@@ -19,9 +19,21 @@ from difftilt.process.protocol import Condition, Prediction, Process
 from difftilt.sampling.kernels import Euler
 from difftilt.sampling.noise import siblings
 from difftilt.sampling.presets import Preset
-from difftilt.sampling.protocol import Edges, Guide, Moment, NoiseSource, Observe, Project, Sampler, Step, Trajectory
+from difftilt.sampling.protocol import (
+    SHIFT,
+    Edges,
+    Guide,
+    Moment,
+    NoiseSource,
+    Observe,
+    Project,
+    Sampler,
+    Step,
+    Trajectory,
+)
 from difftilt.sampling.steps import GaussianStep
 from difftilt.sampling.windows import window_mask
+from difftilt.statistics.folds import distinct
 from difftilt.trees import Batched, join, take
 
 
@@ -193,13 +205,13 @@ class _Walk:
         stochastic = self.plan.stochastic_rows(front.row, position)
         step = self._step(prediction, front.x, t, s, stochastic)
         moment = Moment(prediction, front.x, t, s, front.condition, step, front.index, position)
-        drawing = self._guided(moment)
+        drawing, shift = self._guided(moment)
         x_s = drawing.draw(self._noise(drawing, front.index, shared, position))
         if self.project is not None:
             x_s = self.project(x_s, s, front.condition)
         if self.observe is not None:
             self.observe(moment, x_s)
-        last_edge = self._record(front, moment, drawing, x_s, stochastic)
+        last_edge = self._record(front, moment, drawing, shift, x_s, stochastic)
         if self.plan.output == "x0" and position == self.grid.shape[-1] - 2:
             x_s = prediction.x0
         return replace(front, x=x_s, last_edge=last_edge)
@@ -215,20 +227,25 @@ class _Walk:
             raise ValueError(f"a window of stochastic steps needs a Gaussian kernel, not the preset {self.preset.name}")
         return step.only(stochastic.to(x.device), otherwise=ode)
 
-    def _guided(self, moment: Moment) -> Step:
+    def _guided(self, moment: Moment) -> tuple[Step, Tensor | None]:
+        """The law that draws, and what the guide added to it; None where nothing was."""
         if self.guide is None:
-            return moment.step
+            return moment.step, None
         with torch.enable_grad():
             delta = self.guide(moment)
-        return moment.step if delta is None else moment.step.shift(delta.detach())
+        return (moment.step, None) if delta is None else (moment.step.shift(delta.detach()), delta.detach())
 
     def _noise(self, step: Step, index: Tensor, shared: Tensor | None, position: int) -> Tensor:
+        if step.deterministic:
+            return torch.zeros((), device=index.device).expand(len(index), *step.noise_shape)
         own = step_noise(step, self.noise, index, position)
         if shared is None or self.plan.spread is None:
             return own
         return siblings(step_noise(step, self.noise, shared, position, purpose="siblings"), own, self.plan.spread)
 
-    def _record(self, front: _Front, moment: Moment, drawing: Step, x_s: Tensor, stochastic: Tensor) -> Tensor:
+    def _record(
+        self, front: _Front, moment: Moment, drawing: Step, shift: Tensor | None, x_s: Tensor, stochastic: Tensor
+    ) -> Tensor:
         """Append the recorded rows of this step; returns every row's newest edge."""
         position = int(moment.position)
         if self.plan.record is None or not bool(self.plan.record[position]):
@@ -238,7 +255,12 @@ class _Walk:
         rows = keep.nonzero()[:, 0].to(x_s.device)
         count = sum(len(part.step) for part in self.recorded)
         numbers = torch.arange(count, count + len(rows), device=x_s.device)
-        kept = _Passage(moment.t, moment.s, front.x, x_s, drawing if self.plan.score == "guided" else moment.step)
+        guided = self.plan.score == "guided" and self.guide is not None
+        extras: dict[str, Tensor] = {}
+        if guided:
+            still = moment.t.new_zeros((len(x_s), *drawing.noise_shape))
+            extras[SHIFT] = still if shift is None else shift
+        kept = _Passage(moment.t, moment.s, front.x, x_s, drawing if guided else moment.step, extras)
         if len(rows) < len(keep):
             kept = take(kept, rows)
         if len(rows):
@@ -252,6 +274,7 @@ class _Walk:
                 log_prob=self.preset.log_prob(kept.step, kept.x_s) if scored else None,
                 mean=kept.step.mean if self.plan.means and isinstance(kept.step, GaussianStep) else None,
                 parent=front.last_edge[rows],
+                extras=kept.extras,
             )
             self.recorded.append(edges)
         return front.last_edge.index_copy(0, rows, numbers)
@@ -266,6 +289,7 @@ class _Passage(Batched):
     x_t: Tensor
     x_s: Tensor
     step: Step
+    extras: dict[str, Tensor]
 
 
 def _times(
@@ -327,7 +351,14 @@ def sample(
     return rollout(denoise, preset, sampler.grid, x, condition, noise=noise, index=index, plan=plan).x_0
 
 
-def replay(denoise: Denoiser, preset: Preset, edges: Edges, condition: Condition, guide: Guide | None = None) -> Moment:
+def replay(
+    denoise: Denoiser,
+    preset: Preset,
+    edges: Edges,
+    condition: Condition,
+    guide: Guide | None = None,
+    state: Int[Tensor, " edges"] | None = None,
+) -> Moment:
     """The moment of recorded edges under the weights of ``denoise``, with their gradient; its ``step`` drew them.
 
     Args:
@@ -336,11 +367,16 @@ def replay(denoise: Denoiser, preset: Preset, edges: Edges, condition: Condition
         edges: rows of transitions.
         condition: one row per edge.
         guide: given where the rollout scored the guided law.
+        state: label of the state that each edge starts from: edges of one label are evaluated once, together.
     """
     if edges.x_t is None or edges.s is None:
         raise ValueError("replay needs transitions: record states in the rollout plan")
-    condition = denoise.prepare(edges.x_t, edges.t, condition)
-    prediction = denoise(edges.x_t, edges.t, condition)
+    first, again = (None, None) if state is None else distinct(state)
+    x_t, t = (edges.x_t, edges.t) if first is None else (edges.x_t[first], edges.t[first])
+    condition = denoise.prepare(x_t, t, condition if first is None else take(condition, first))
+    prediction = denoise(x_t, t, condition)
+    if again is not None:
+        prediction, condition = take(prediction, again), take(condition, again)
     step = preset.step(prediction, edges.x_t, edges.t, edges.s)
     moment = Moment(prediction, edges.x_t, edges.t, edges.s, condition, step, edges.sample, edges.step)
     delta = None if guide is None else guide(moment)

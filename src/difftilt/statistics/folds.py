@@ -23,6 +23,17 @@ def compact(index: Index) -> tuple[Int[Tensor, " rows"], int]:
     return inverse, len(labels)
 
 
+def distinct(labels: Index) -> tuple[Int[Tensor, " count"], Int[Tensor, " rows"]]:
+    """(first row of each distinct label, place of every row's label among them): one state for many rows.
+
+    >>> distinct(torch.tensor([7, 3, 7]))
+    (tensor([1, 0]), tensor([1, 0, 1]))
+    """
+    index, count = compact(labels)
+    rows = torch.arange(len(labels), device=labels.device)
+    return torch.full((count,), len(labels), device=labels.device).scatter_reduce(0, index, rows, "amin"), index
+
+
 def _into(values: Rows, index: Index, count: int, start: float, reduce: str) -> Segments:
     # an extra last segment collects the rows without one
     place = torch.where(index < 0, count, index).reshape(-1, *[1] * (values.dim() - 1)).expand_as(values)

@@ -12,30 +12,39 @@ from difftilt.config import Config
 from difftilt.credit.group import Aggregation, Normaliser, Scale, aggregate, best_worst, leave_one_out
 from difftilt.credit.history import History, push_and_normalise
 from difftilt.errors import UserError
-from difftilt.rewards.protocol import Scores
-from difftilt.training.experience import PromptBatch
+from difftilt.training.experience import Experience
 from difftilt.training.protocol import Run
 
 
-class AdvantageConfig(Config):
-    """How a reward is compared. Defaults are Flow-GRPO's."""
+class NormaliserConfig(Config):
+    """What a centred reward is divided by. Defaults are Flow-GRPO's."""
 
-    advantage: Literal["group", "history", "leave_one_out", "none"] = "group"
-    """Baseline: the group, DDPO's running buffer of each prompt, the other samples of the group, or nothing (DPOK)."""
     advantage_std: Scale = "group"
     """What a centred reward is divided by."""
     ddof: Literal[0, 1] = 0
     """Population (Flow-GRPO) or sample (DanceGRPO) standard deviation."""
     std_eps: float = Field(default=1e-4, gt=0)
     """Added to the standard deviation; DanceGRPO 1e-8."""
+    advantage_clip: float = Field(default=5.0, gt=0)
+    """Bound of the absolute advantage; a raw reward (``advantage: none``) is not bounded."""
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """The settings, bound together; the clip is left to the caller, who may add several first."""
+        return Normaliser(self.advantage_std, self.ddof, self.std_eps)
+
+
+class AdvantageConfig(NormaliserConfig):
+    """How a reward is compared. Defaults are Flow-GRPO's."""
+
+    advantage: Literal["group", "history", "leave_one_out", "none"] = "group"
+    """Baseline: the group, DDPO's running buffer of each prompt, the other samples of the group, or nothing (DPOK)."""
     history: int = Field(default=32, ge=16)
     """Rewards remembered for each prompt."""
     aggregation: Aggregation | None = None
     """How the components of the reward meet; None takes its weighted total."""
     component_weights: dict[str, float] = Field(default_factory=dict[str, float])
     """Weights for ``aggregation``; a component not named counts 1."""
-    advantage_clip: float = Field(default=5.0, gt=0)
-    """Bound of the absolute advantage; a raw reward (``advantage: none``) is not bounded."""
     best_worst: int | None = Field(default=None, ge=2)
     """Train only on so many samples of a group, half the best and half the worst; None on all."""
 
@@ -47,22 +56,22 @@ class Advantages:
         self.config = config
         self.history = History.empty(prompts, config.history)
 
-    def __call__(self, run: Run, scores: Scores, batch: PromptBatch) -> Float[Tensor, " samples"]:
+    def __call__(self, run: Run, experience: Experience) -> Float[Tensor, " samples"]:
         """Clipped advantage of each sample of this process."""
-        names = sorted(scores.components)
+        assert experience.rewards is not None
+        names = sorted(experience.components)
         strange = sorted(set(self.config.component_weights) - set(names))
         if strange:
             raise UserError(f"method.component_weights names {strange[0]!r}; the components are {', '.join(names)}")
-        columns = [scores.components[name] for name in names]
+        columns = [experience.components[name] for name in names]
         credit = partial(self._credit, names)
-        advantage: Tensor = run.jointly(credit, scores.total, batch.group, batch.prompt, *columns)
+        advantage: Tensor = run.jointly(credit, experience.rewards, experience.group, experience.prompt, *columns)
         if self.config.advantage == "none":
             return advantage
         return advantage.clamp(-self.config.advantage_clip, self.config.advantage_clip)
 
     def _credit(self, names: list[str], total: Tensor, group: Tensor, prompt: Tensor, *columns: Tensor) -> Tensor:
-        config = self.config
-        normaliser = Normaliser(config.advantage_std, config.ddof, config.std_eps)
+        config, normaliser = self.config, self.config.normaliser
         if config.aggregation is not None:
             weights = {name: config.component_weights.get(name, 1.0) for name in names}
             components = dict(zip(names, columns, strict=True))

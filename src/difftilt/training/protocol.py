@@ -87,6 +87,10 @@ class Phase:
             ``run.jointly``), never into ``loss``, which sees a microbatch.
         when: iteration -> whether the phase runs.
         stop: means of the metrics of the last update -> whether to end the phase early (a KL limit).
+        part: experience -> number of the update, 0..updates - 1, that each edge belongs to, in place of a random split.
+        after: told the means of the metrics of every update, when the weights have moved (a reference that follows).
+        one_state: the rows of a unit share their state, and the loss evaluates the network once for them: a microbatch
+            holds so many units as it otherwise holds rows.
     """
 
     role: str | tuple[str, ...]
@@ -98,6 +102,9 @@ class Phase:
     before: Callable[[Experience], Experience] | None = None
     when: Callable[[int], bool] = lambda iteration: True
     stop: Callable[[Mapping[str, float]], bool] | None = None
+    part: Callable[[Experience], Tensor] | None = None
+    after: Callable[[Mapping[str, float]], None] | None = None
+    one_state: bool = False
 
 
 class Run(Protocol):

@@ -88,14 +88,22 @@ class Updater:
                 count += 1
                 for name, value in metrics.items():
                     totals[name] = totals.get(name, 0.0) + value
+                if phase.after is not None:
+                    phase.after(metrics)
                 if phase.stop is not None and phase.stop(metrics):
                     return {name: value / count for name, value in totals.items()} | {"updates": float(count)}
         return {name: value / max(count, 1) for name, value in totals.items()} | {"updates": float(count)}
 
     def _parts(self, phase: Phase, experience: Experience, chosen: Tensor, noise: Noise) -> list[Int[Tensor, " edges"]]:
-        """The local edges of each update: units in a random order that is the same for any number of processes."""
+        """The local edges of each update: as the phase says, or units in a random order.
+
+        The order is the same for any number of processes.
+        """
         if phase.updates == 1:
             return [chosen]
+        if phase.part is not None:
+            which = phase.part(experience)[chosen]
+            return [chosen[which == update] for update in range(phase.updates)]
         edges = experience.edges
         sample = edges.sample[chosen]
         unit = experience.group[sample] if phase.unit == "group" else experience.index[sample]
@@ -230,7 +238,10 @@ def _trainable_edges(phase: Phase, experience: Experience) -> Int[Tensor, " edge
 
 
 def _microbatches(rows: Experience, phase: Phase, size: int) -> list[Experience]:
-    """Microbatches of at most ``size`` rows, or of one whole unit where that is larger."""
+    """Microbatches of at most ``size`` rows, or of one whole unit where that is larger.
+
+    Where the rows of a unit share one state, of at most ``size`` units.
+    """
     count = len(rows.edges.step)
     if phase.unit == "edge":
         pieces = torch.arange(count, device=rows.index.device).split(size) if count else ()
@@ -238,7 +249,13 @@ def _microbatches(rows: Experience, phase: Phase, size: int) -> list[Experience]
     unit = rows.group if phase.unit == "group" else rows.index
     order = unit.argsort(stable=True)
     lengths: list[int] = torch.unique_consecutive(unit[order], return_counts=True)[1].tolist()
-    return [rows.rows(piece) for piece in order.split(_pack(lengths, size))] if count else []
+    packed = _joined(lengths, size) if phase.one_state else _pack(lengths, size)
+    return [rows.rows(piece) for piece in order.split(packed)] if count else []
+
+
+def _joined(lengths: Sequence[int], size: int) -> list[int]:
+    """``size`` neighbouring lengths at a time, added up."""
+    return [sum(lengths[start : start + size]) for start in range(0, len(lengths), size)]
 
 
 def _pack(lengths: Sequence[int], size: int) -> list[int]:
