@@ -12,11 +12,15 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $(STAMP)
 
 # About two minutes: a text-to-image model learns to obey its prompts, the untouched one is steered beside it, and the
-# last line is the path of a page about both. Every call starts anew.
+# last line is the path of a page about both. Every call starts anew; what an earlier one left stays until this one is
+# done.
 demo: $(STAMP)
+	rm -rf runs/demo.new
+	$(BIN)/python -m difftilt train demo --output runs/demo.new/demo
+	$(BIN)/python -m difftilt steer demo-steering --output runs/demo.new/demo-steering
 	rm -rf runs/demo runs/demo-steering
-	$(BIN)/python -m difftilt train demo --output runs/demo
-	$(BIN)/python -m difftilt steer demo-steering --output runs/demo-steering
+	mv runs/demo.new/demo runs/demo.new/demo-steering runs
+	rmdir runs/demo.new
 	$(BIN)/python -m difftilt report runs/demo runs/demo-steering
 
 lint: $(STAMP)

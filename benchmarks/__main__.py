@@ -1,6 +1,6 @@
 """Run the benchmarks and write their results: ``python -m benchmarks [NAME ...] [--repeats N]``.
 
-``signal``, which times nothing and takes half an hour, runs only when it is named.
+``signal`` and ``attribution``, which time nothing and take half an hour each, run only when they are named.
 
 Always exits with 0: a machine that is slow, or busy, is no error. Whether a bound holds is printed and stored.
 """
@@ -13,21 +13,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import signal
+from benchmarks import attribution, signal
 from benchmarks.paired import Report, Subject, measure
-from benchmarks.sampling import fk_overhead, noise_cost, rollout_overhead
+from benchmarks.sampling import completion_overhead, fk_overhead, noise_cost, rollout_overhead, tree_overhead
 from benchmarks.training import grpo_overhead, nft_overhead
 from benchmarks.workload import SIZES, Size
 
 BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
     "rollout": rollout_overhead,
+    "tree": tree_overhead,
+    "completion": completion_overhead,
     "update_flow_grpo": grpo_overhead,
     "update_diffusion_nft": nft_overhead,
     "fk_steering": fk_overhead,
     "noise": noise_cost,
 }
-SIGNAL = "signal"
-"""No timing: how much of a policy gradient is signal (``benchmarks/signal.py``)."""
+STUDIES = ("signal", "attribution")
+"""No timing: how much of a policy gradient is signal, and how much of an advantage the doing of its own step."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,16 +37,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     reports: list[Report] = []
-    if SIGNAL in options.names:
-        measured = signal.run(signal.chosen(options.size), options.repeats, options.output / f"{SIGNAL}.json")
-        Console(width=180).print(signal.table(measured))
-    for name in [name for name in options.names if name != SIGNAL] or ([] if options.names else BENCHMARKS):
+    for name in [name for name in options.names if name in STUDIES]:
+        study(name, options.size, options.repeats, options.output / f"{name}.json")
+    for name in [name for name in options.names if name in BENCHMARKS] or ([] if options.names else BENCHMARKS):
         report = measure(BENCHMARKS[name](SIZES[options.size]), options.repeats)
         report.write(options.output)
         reports.append(report)
     if reports:
         Console(width=120).print(table(reports))
     return 0
+
+
+def study(name: str, size: str, repeats: int, path: Path) -> None:
+    """Run one study, write its rows and show them."""
+    console = Console(width=180)
+    if name == "signal":
+        console.print(signal.table(signal.run(signal.chosen(size), repeats, path)))
+    else:
+        console.print(attribution.table(attribution.run(attribution.chosen(size), repeats, path)))
 
 
 def table(reports: Sequence[Report]) -> Table:
@@ -75,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         type=_known,
         metavar="NAME",
-        help=f"some of {', '.join(BENCHMARKS)}, all by default; or {SIGNAL}",
+        help=f"some of {', '.join(BENCHMARKS)}, all by default; or {' or '.join(STUDIES)}",
     )
     parser.add_argument(
         "--repeats", type=_positive, default=15, help="pairs of floor and program, or gradients (default 15)"
@@ -87,9 +97,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _known(text: str) -> str:
-    if text not in (*BENCHMARKS, SIGNAL):
+    if text not in (*BENCHMARKS, *STUDIES):
         raise argparse.ArgumentTypeError(
-            f"there is no benchmark {text!r}; there are {', '.join((*BENCHMARKS, SIGNAL))}"
+            f"there is no benchmark {text!r}; there are {', '.join((*BENCHMARKS, *STUDIES))}"
         )
     return text
 

@@ -1,4 +1,4 @@
-"""Sampling: a recorded rollout over bare forwards, steering over plain samples, and the noise alone."""
+"""Sampling: recorded rollouts and completions over bare forwards, steering over plain samples, the noise alone."""
 
 import time
 from dataclasses import replace
@@ -10,6 +10,7 @@ from benchmarks.workload import NetworkClock, Size, forwards, make_inputs, make_
 from difftilt.models.denoiser import denoiser
 from difftilt.rewards.base import FunctionReward
 from difftilt.rewards.protocol import Samples
+from difftilt.sampling.completion import Start, complete, remaining
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.presets import flow_sde
 from difftilt.sampling.protocol import Trajectory
@@ -20,12 +21,29 @@ from difftilt.steering.protocol import Steered
 
 def rollout_overhead(size: Size) -> Subject:
     """Flow-SDE with every step recorded, from drawing the start to the edges, over the same number of forwards."""
+    plan = Plan(record=torch.ones(size.steps, dtype=torch.bool))
+    what = f"Flow-SDE rollout of {size.steps} steps, all recorded with their log-probabilities, noise included"
+    subject = _sampling("rollout", 1.05, what, size, plan)
+    assert subject.extra == {"nfe": size.batch * size.steps, "edges": size.batch * size.steps}
+    return subject
+
+
+def tree_overhead(size: Size) -> Subject:
+    """The same where every state splits in two at the first two steps, with correlated noise of the siblings."""
+    plan = Plan(record=torch.ones(size.steps, dtype=torch.bool), branch={0: 2, 1: 2}, spread=4.0)
+    what = f"Flow-SDE trees of {size.steps} steps from {size.batch} roots to {4 * size.batch} leaves, all recorded"
+    subject = _sampling("tree", 1.15, what, size, plan)
+    assert subject.extra["nfe"] == size.batch * (1 + 2 + 4 * (size.steps - 2))
+    return subject
+
+
+def _sampling(name: str, bound: float, what: str, size: Size, plan: Plan) -> Subject:
+    """One rollout by a plan over as many bare forwards as its ledger counts."""
     task, inputs = make_task(size), make_inputs(size)
     network = task.model.network
     assert isinstance(network, torch.nn.Module)
     denoise = denoiser(task.model, forward_batch=size.batch)
-    plan = Plan(record=torch.ones(size.steps, dtype=torch.bool))
-    index = torch.arange(size.batch)
+    index = torch.arange(size.batch) * plan.leaves
     clock, taken, inside = NetworkClock(network), list[float](), list[float]()
 
     def program() -> Trajectory:
@@ -41,18 +59,48 @@ def rollout_overhead(size: Size) -> Subject:
         return outcome
 
     outcome = program()
-    assert outcome.ledger.nfe == size.batch * size.steps
-    assert len(outcome.edges.step) == size.batch * size.steps
+    calls = outcome.ledger.nfe // size.batch
     return Subject(
-        name="rollout",
-        bound=1.05,
-        program=f"Flow-SDE rollout of {size.steps} steps, all recorded with their log-probabilities, noise included",
-        floor=f"{size.steps} forwards of the same network on the same shapes, without gradient",
+        name=name,
+        bound=bound,
+        program=what,
+        floor=f"{calls} forwards of the same network on the same shapes, without gradient",
         run_program=program,
-        run_floor=lambda: forwards(network, inputs, size.steps),
+        run_floor=lambda: forwards(network, inputs, calls),
         shapes=shapes_of(size, network),
-        extra={"nfe": outcome.ledger.nfe},
+        extra={"nfe": outcome.ledger.nfe, "edges": len(outcome.edges.step)},
         phases={"rollout": taken, "network": inside},
+    )
+
+
+def completion_overhead(size: Size) -> Subject:
+    """Completions of a state of every time together, each by the rest of the grid."""
+    task, inputs = make_task(size), make_inputs(size)
+    network = task.model.network
+    assert isinstance(network, torch.nn.Module)
+    denoise = denoiser(task.model, forward_batch=size.batch)
+    grid = task.sampler.grid
+    starts = [
+        Start(inputs.x_t, inputs.label, tuple(remaining(grid, position).tolist())) for position in range(size.steps)
+    ]
+    calls = size.steps * (size.steps + 1) // 2
+
+    def program() -> None:
+        before = denoise.ledger.copy()
+        with torch.no_grad():
+            complete(denoise, starts)
+        assert (denoise.ledger - before).nfe == calls * size.batch
+
+    return Subject(
+        name="completion",
+        bound=1.15,
+        program=f"ODE completions of {size.batch} states at each of {size.steps} times, batched over the times",
+        floor=f"{calls} forwards of the same network on the same shapes, without gradient",
+        run_program=program,
+        run_floor=lambda: forwards(network, inputs, calls),
+        shapes=shapes_of(size, network),
+        extra={"nfe": calls * size.batch},
+        phases={},
     )
 
 

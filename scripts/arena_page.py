@@ -1,4 +1,4 @@
-"""Write docs/arena.md and its pictures from the results of arenas in benchmarks/results/arena.
+"""Write docs/arena.md, its pictures and the arena's column of README.md from the results in benchmarks/results/arena.
 
 Usage: python scripts/arena_page.py
 
@@ -6,18 +6,20 @@ Measures nothing. To add an arena, or to measure one anew, run the command that 
 to benchmarks/results/arena/NAME.json.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from difftilt.evaluation.arena.cost import GRADIENT_PASS
 from difftilt.evaluation.arena.picture import save_arena_picture
 from difftilt.evaluation.arena.records import ArenaResult, read_json
-from difftilt.evaluation.arena.tables import escaped, markdown_tables
+from difftilt.evaluation.arena.tables import escaped, grids, markdown_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "arena"
 PAGE = ROOT / "docs" / "arena.md"
 PICTURES = ROOT / "docs" / "arena"
+README = ROOT / "README.md"
 
 HEAD = f"""# Arena
 
@@ -36,9 +38,9 @@ plain sampling for the base, training and plain sampling for a method, the whole
 samples costs nothing.
 
 One setting cannot in general meet two budgets, so every member is read twice: **at equal evaluations** and **at equal
-reward calls**. A trained member is trained until both budgets are spent and evaluated on the way; a reading is the last
-evaluation whose cost is within the budget. A steerer runs with the largest number of particles per sample within the
-budget; the samples that it rewards on the way count. The column *share* says how much of the budget was used.
+reward calls**. A trained member is trained until both budgets are exceeded, and read after its last iteration within
+the budget. A steerer runs with the largest number of particles per sample within the budget; the samples that it
+rewards on the way count. The column *share* says how much of the budget was used.
 
 Training is paid once however many samples follow, steering for each of them. So the order of the members holds for the
 number of samples that an arena names: with more of them training gains, with fewer steering does.
@@ -104,12 +106,38 @@ def section(name: str, result: ArenaResult) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def readme(text: str, found: Mapping[str, ArenaResult]) -> str:
+    """The README with the last cell of every row of an algorithm, and of the base, as measured."""
+    rows = {name: {row[0]: dict(zip(grid.header, row, strict=True)) for row in grid.rows}
+            for name, grid in ((name, grids(result)[0]) for name, result in found.items())}  # fmt: skip
+
+    def measured(row: re.Match[str]) -> str:
+        member = README_MEMBERS.get(row[2], row[2])
+        if any(member not in known for known in rows.values()):
+            return row[0]
+        cells = [f"{word} {rows[name][member][number]}" for word, name, number in README_NUMBERS]
+        return f"{row[1]} {', '.join(cells)} |"
+
+    return re.sub(r"^(\| \[?([\w -]+)(?:\][^|]*)? \|[^|]*\|[^|]*\|)[^|]*\|$", measured, text, flags=re.MULTILINE)
+
+
+README_MEMBERS = {"the untouched model": "base", "flow-grpo": "flow-grpo (plain)"}
+"""Row of the README's table -> member of the arenas, where the names differ."""
+README_NUMBERS = (
+    ("symmetry", "digits", "reward"),
+    ("digit", "digits", "heldout_digit"),
+    ("accuracy", "shapes", "accuracy"),
+)
+"""Word, arena and number of what the README quotes, at equal evaluations."""
+
+
 def main() -> None:
     found = results()
     PICTURES.mkdir(parents=True, exist_ok=True)
     for name, result in found.items():
         save_arena_picture(result, PICTURES / f"{name}.png")
     PAGE.write_text(page(found), encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8"), found), encoding="utf-8")
     print(f"{PAGE}: {', '.join(found) or 'no results'}")
 
 

@@ -9,7 +9,8 @@ import torch
 
 from difftilt.checks.trial import gradient
 
-NAMES = ("rollout", "update_flow_grpo", "update_diffusion_nft", "fk_steering", "noise")
+NAMES = ("rollout", "tree", "completion", "update_flow_grpo", "update_diffusion_nft", "fk_steering", "noise")
+UPDATES = ("update_flow_grpo", "update_diffusion_nft")
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +38,16 @@ def test_every_benchmark_writes_its_result(tmp_path: Path, capsys: pytest.Captur
         assert result["machine"].keys() >= {"threads", "torch", "cpu", "python"}
         assert result["peak_memory_mb"] > 0
         assert result["shapes"]
-    assert [results[name]["bound"] for name in NAMES] == [1.05, 1.10, 1.10, 1.10, None]
+    assert [results[name]["bound"] for name in NAMES] == [1.05, 1.15, 1.15, 1.10, 1.10, 1.10, None]
     assert results["rollout"]["seconds"].keys() >= {"rollout"}
-    for name in NAMES[1:3]:
+    for name in UPDATES:
         assert results[name]["seconds"].keys() >= {"rollout", "reward", "update"}
     assert results["fk_steering"]["seconds"].keys() >= {"rollout", "reward"}
 
 
 def test_the_floor_of_an_update_is_what_its_ledger_counts(tmp_path: Path) -> None:
     main = importlib.import_module("benchmarks.__main__").main
-    names = list(NAMES[1:3])
+    names = list(UPDATES)
     assert main([*names, "--size", "tiny", "--repeats", "1", "--output", str(tmp_path)]) == 0
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(names)
     for name in names:
@@ -105,3 +106,35 @@ def test_the_gradient_of_all_steps_is_the_one_that_training_takes() -> None:
     drawn = signal.draw(setting, 1).whole[0].double()
     taken = gradient(setting.method, signal.task_of(setting), **setting.settings)
     assert float((drawn - taken).norm() / taken.norm()) < 1e-5
+
+
+def test_noise_is_drawn_anew_from_a_step_on_and_only_what_steps_inject() -> None:
+    attribution = importlib.import_module("benchmarks.attribution")
+    plain = attribution.Redrawn(1, 2, "scope")
+    late = attribution.Redrawn(1, 2, "scope", 3, 1)
+    index = torch.arange(5)
+
+    def equal(purpose: str, step: int | torch.Tensor) -> list[bool]:
+        one, other = (noise.normal(index, (2,), purpose=purpose, step=step) for noise in (plain, late))
+        return (one == other).all(1).tolist()
+
+    assert equal("start", 7) == [True] * 5
+    assert equal("step", 2) == equal("siblings", 2) == [True] * 5
+    assert equal("step", 3) == equal("siblings", 4) == [False] * 5
+    assert equal("step", torch.arange(5)) == [True, True, True, False, False]
+
+
+def test_one_stochastic_step_owns_all_of_its_advantage_and_one_reward_is_shared_out() -> None:
+    attribution = importlib.import_module("benchmarks.attribution")
+    signal = importlib.import_module("benchmarks.signal")
+    sizes = {"groups": 2, "group_size": 8, "kl_weight": 0.0, "share_start": True}
+    one = signal.Setting("one", "mixtures", "flow-grpo", {**sizes, "window": {"width": 1, "low": 0, "high": 1}}, {})
+    loop = attribution.loop_of("flow-grpo", attribution.task_of(one), forward_batch=16, **one.settings)
+    moments, _ = attribution.moments_of(loop, 1)
+    assert moments[0].through == pytest.approx(moments[0].variance, rel=1e-6)
+    every = signal.Setting("all", "mixtures", "flow-grpo", sizes, {"steps": 4})
+    row = attribution.measure(every, 2)
+    total, error = sum(row.own[step].share for step in row.own), sum(row.own[step].error for step in row.own)
+    assert total <= 1 + 3 * error
+    assert len(row.own) == len(row.fit) == 3
+    assert (row.evaluations, row.reward_calls) == (16 * 4, 16)

@@ -92,7 +92,16 @@ def test_commands_name_real_recipes_and_fields(page: Path) -> None:
         if words[1] in ("train", "steer", "evaluate") and "/" in words[2] and not words[2].startswith("runs/"):
             assert load_recipe(words[2], overrides)
         for flag in (word for word in words if word.startswith("--")):
-            assert flag in {"--output", "--resume", "--iterations", "--seed", "--json", "--quick", "--prompts"}, words
+            assert flag in {
+                "--output",
+                "--resume",
+                "--iterations",
+                "--seed",
+                "--json",
+                "--quick",
+                "--prompts",
+                "--prompts-file",
+            }, words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -15,7 +15,14 @@ from command_line import CommandLine
 from difftilt.errors import GuardError, UserError
 from difftilt.evaluation.arena.config import Member, load_arena
 from difftilt.evaluation.arena.cost import CURRENCIES, evaluations, spent
-from difftilt.evaluation.arena.members import base_reading, drawn_rows, plan_of, steered_reading
+from difftilt.evaluation.arena.members import (
+    base_reading,
+    drawn_rows,
+    plan_of,
+    run_member,
+    steered_reading,
+    trained_reading,
+)
 from difftilt.evaluation.arena.picture import save_arena_picture
 from difftilt.evaluation.arena.records import ArenaResult, MemberRun, Reading, read_json, within
 from difftilt.evaluation.arena.run import compare_arena
@@ -137,6 +144,50 @@ def test_no_reading_exceeds_its_budget_and_none_leaves_room_for_another_unit(
             assert cost <= budget
             if run.member in units:
                 assert cost + units[run.member][currency] > budget, (run.member, currency)
+
+
+ANCHORED = {
+    "method": {"name": "diffusion-nft", "groups": 2, "group_size": 4, "kl_weight": 1.0},
+    "training": {"evaluate_every": 100},
+}
+"""Its first iteration costs less than the others: the weights are those of the reference, so no pass of it is made."""
+
+
+def test_a_trained_member_is_read_after_the_last_iteration_that_fits_though_later_ones_cost_more() -> None:
+    unlimited = load_arena(values({"nft": ANCHORED}, evaluations=10**6, reward_calls=10**6))
+    loop = Stage(unlimited).loop(unlimited.members[0], 0)
+    totals: list[int] = [SAMPLES * STEPS]
+    for iteration in range(5):
+        loop.iterate(iteration)
+        totals.append(SAMPLES * STEPS + evaluations(loop.run.ledger))
+    first, second = totals[1] - totals[0], totals[2] - totals[1]
+    assert second > first
+    for budget in (totals[0] + second, totals[2] - 1, totals[2], totals[4] + 1):
+        arena = load_arena(values({"nft": ANCHORED}, evaluations=budget, reward_calls=8 * 5))
+        stage, member = Stage(arena), arena.members[0]
+        plan = plan_of(stage, member)
+        assert spent(plan.unit, "evaluations") == second
+        assert plan.problem("evaluations", budget) is None
+        run = run_member(stage, member, plan, 0, lambda text: None)
+        reading, fits = run.readings["evaluations"], max(n for n, total in enumerate(totals) if total <= budget)
+        assert (reading.iterations, evaluations(reading.cost)) == (fits, totals[fits]), budget
+        assert run.readings["reward_calls"].iterations == 5
+    # the numbers are of the weights at that iteration, not of those one iteration later
+    again = stage.loop(member, 0)
+    for iteration in range(fits):
+        again.iterate(iteration)
+    assert trained_reading(stage, again, Ledger(), fits, 0.0).numbers == reading.numbers
+
+
+def test_what_is_read_on_the_way_does_not_change_the_training() -> None:
+    runs: list[MemberRun] = []
+    for calls in (8 * 2, 8 * 4):  # the smaller budget is read, with the weights put back, and training goes on
+        arena = load_arena(values({"nft": ANCHORED}, evaluations=SAMPLES * STEPS + 8 * 8 * 4 * 4, reward_calls=calls))
+        stage, member = Stage(arena), arena.members[0]
+        runs.append(run_member(stage, member, plan_of(stage, member), 0, lambda text: None))
+    assert [run.readings["reward_calls"].iterations for run in runs] == [2, 4]
+    assert runs[0].curve[-1].iterations == runs[1].curve[-1].iterations
+    assert runs[0].curve[-1].numbers == runs[1].curve[-1].numbers
 
 
 def test_a_reading_is_the_last_evaluation_within_the_budget() -> None:
@@ -446,6 +497,10 @@ def test_the_page_is_what_its_script_makes_of_the_stored_results(monkeypatch: py
     found = arena_page.results()
     assert found
     assert arena_page.PAGE.read_text(encoding="utf-8") == arena_page.page(found)
+    readme = arena_page.README.read_text(encoding="utf-8")
+    assert readme == arena_page.readme(readme, found)
+    quoted = [line for line in readme.splitlines() if line.startswith("|") and "| symmetry " in line]
+    assert len(quoted) == len({"the base", "flow-grpo", "diffusion-nft", "fk-steering", "best-of-n"})
     for name, result in found.items():
         assert (arena_page.PICTURES / f"{name}.png").exists()
         assert result.recipe == load_arena(result.source).resolved()

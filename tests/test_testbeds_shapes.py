@@ -99,7 +99,17 @@ def test_categories(prompt: str, category: str) -> None:
     ("prompt", "message"),
     [
         ("a rde circle", "'rde' is not in the vocabulary; did you mean red"),
-        ("a purple circle", "'purple' is not in the vocabulary"),
+        ("a purple circle", "'purple' is not in the vocabulary; known colours: red, green, blue, yellow$"),
+        ("an orange circle", "'an' is not in the vocabulary; did you mean a[?]"),
+        ("a orange circle", "known colours: red, green, blue, yellow$"),
+        ("a bleu circle", "did you mean blue[?]"),
+        ("four red circles", "known numbers: a, two, three$"),
+        ("two red pentagons", "known shapes: circles, squares, triangles$"),
+        ("two blue squares left of a red pentagon", "known shapes: circle, square, triangle$"),
+        ("a red circle above a purple square", "known colours: red, green, blue, yellow$"),
+        ("a red circle beside a blue square", "'beside' .* known words between two groups: and, left of, right of, ab"),
+        ("A red circle", "'A' is not in the vocabulary; prompts are in lower case: 'a'$"),
+        ("a red Circle", "prompts are in lower case: 'circle'$"),
         ("", "names no group"),
         ("red circle", "'red circle' names no group"),
         ("two red circle", "'two red circle' names no group"),
@@ -112,6 +122,16 @@ def test_categories(prompt: str, category: str) -> None:
 def test_a_prompt_outside_the_grammar_is_refused_by_name(prompt: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(prompt)
+
+
+def test_what_is_not_finite_is_paint() -> None:
+    image = picture(("red", "circle", 0, 0))
+    for value in (float("nan"), float("inf"), -float("inf"), 1e30):
+        spoiled = image.clone()
+        spoiled[:, 20:23, 20:23] = value
+        (seen,) = see(spoiled[None])
+        assert (seen.objects, seen.stray) == (see(image[None])[0].objects, 9)
+    assert see(torch.full((1, 3, 32, 32), torch.nan))[0].stray == 32 * 32
 
 
 def test_splits_are_disjoint_and_training_knows_every_word_and_pair() -> None:

@@ -1,7 +1,7 @@
 """Measuring: fixed prompts and noise, held-out only, and the drift is zero at the start."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from difftilt.models.ledger import Ledger
 from difftilt.rewards.base import as_reward
-from difftilt.rewards.protocol import Samples
+from difftilt.rewards.protocol import Capabilities, Samples
 from difftilt.sampling.drift import path_kl
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.rollout import sample, start_state
-from difftilt.training.gallery import gallery_of, save_gallery, show
+from difftilt.training.gallery import Shown, gallery_of, save_gallery, show
 from difftilt.training.loop import Loop
 from difftilt.training.measure import DRIFT_SAMPLES, drift_of, measure, quick_drift
 from difftilt.training.pictures import save_picture
@@ -134,6 +134,42 @@ def test_pictures_of_every_kind_of_medium(shape: tuple[int, ...], tmp_path: Path
     path = save_picture(tmp_path / "samples", "step_0", media)
     with Image.open(path) as image:
         assert image.width > 32
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 1), (4, 3, 8, 8)])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float64])
+def test_media_of_unusual_types_are_kept_and_drawn(shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path) -> None:
+    media = torch.rand(shape).to(dtype)
+    if dtype == torch.float64:
+        media[0], media[1], media[2] = torch.inf, torch.nan, 1e300
+    task = make_task()
+    gallery = replace(gallery_of(task), size=1)
+    save_gallery(tmp_path, 0, gallery, Shown(media, torch.zeros(4)))
+    stored = load_file(tmp_path / "step_0.safetensors")["media"]
+    assert stored.is_complex() == media.is_complex()
+    if dtype == torch.float64 and len(shape) == 4:
+        assert stored[:2].eq(0).all()
+    with Image.open(tmp_path / "step_0.png") as image:
+        assert image.width > 32
+
+
+def test_only_heldout_rewards_write_their_tolerance() -> None:
+    @dataclass(frozen=True)
+    class Tolerant:
+        name: str
+
+        @property
+        def capabilities(self) -> Capabilities:
+            return Capabilities(tolerance=0.3)
+
+        def score(self, samples: Samples) -> torch.Tensor:
+            return samples.media[:, 0]
+
+    task = replace(make_task(), reward=Tolerant("first"), heldout={"second": Tolerant("second")})
+    numbers = measure(loop_of(task).run, "current", task.sampler, 8, 0).numbers
+    assert {key for key in numbers if key.endswith("_tolerance")} == {"second_tolerance"}
+    assert numbers["second_tolerance"] == 0.3
+    assert {"reward_std", "second_std"} <= numbers.keys()
 
 
 def test_tokens_are_listed(tmp_path: Path) -> None:

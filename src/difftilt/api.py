@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ from difftilt.evaluation.report.page import write_report
 from difftilt.models.denoiser import denoiser
 from difftilt.recipes.building import build_task, laws_of, require
 from difftilt.recipes.directory import CONFIG, check_output, run_directory
-from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe
+from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe, run_of
+from difftilt.recipes.prompts import prompts_of
 from difftilt.recipes.schema import Recipe, load_recipe
 from difftilt.recipes.steered import SteerResult, best_scores
 from difftilt.rewards import as_reward
@@ -81,7 +83,8 @@ def steer(
             nothing.
         progress: called after every step with its number, the number of steps and the effective sample sizes.
         overrides: ``dotted.key=value``, as on the command line.
-        settings: the same by keyword: ``seed``, or ``**{"steering.prompts": ["bold three"]}``.
+        settings: the same by keyword: ``seed``, or ``**{"steering.prompts": ["bold three"]}``, or the
+            path of a file with one prompt per line.
     """
     typed = _typed(recipe, overrides, settings)
     part = require(typed, "steerer")
@@ -89,7 +92,9 @@ def steer(
         check_output(Path(output), typed, resume=False)
     task = build_task(typed)
     steerer = cast(Steerer, part.build(task))
-    prompts = list(task.heldout_prompts if typed.steering.prompts is None else typed.steering.prompts)
+    prompts = prompts_of(task, typed.steering)
+    if typed.steering.prompts is not None:  # a file may change after the run: its prompts are kept, not its path
+        typed = replace(typed, steering=typed.steering.model_copy(update={"prompts": tuple(prompts)}))
     if isinstance(task.model.network, nn.Module):
         task.model.network.to(typed.steering.device)
     model = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=typed.steering.forward_batch)
@@ -103,18 +108,28 @@ def steer(
     return result
 
 
-def evaluate(what: RecipeLike, *, overrides: Sequence[str] = (), **settings: object) -> dict[str, float]:
+def evaluate(
+    what: RecipeLike,
+    *,
+    progress: Callable[[str], None] | None = None,
+    overrides: Sequence[str] = (),
+    **settings: object,
+) -> dict[str, float]:
     """Reward, drift and diversity on held-out prompts.
 
     Args:
-        what: a run directory, whose newest checkpoint is evaluated, or a recipe, whose pretrained model is.
+        what: a run directory, whose newest checkpoint is evaluated, or one of its checkpoints
+            (``RUN/checkpoints/step_20``), or a recipe, whose pretrained model is.
+        progress: called with a sentence that says which step of which run is evaluated.
         overrides: ``dotted.key=value``, as on the command line.
         settings: the same by keyword, e.g. ``**{"training.evaluation_samples": 512}``.
     """
-    if not isinstance(what, str | Path) or not Path(what).is_dir():
+    checkpoint = checkpoint_of(Path(what)) if isinstance(what, str | Path) else None
+    if checkpoint is None:
         return evaluate_recipe(_typed(what, overrides, settings), None)
-    checkpoint = checkpoint_of(Path(what))
-    return evaluate_recipe(_typed(Path(what) / CONFIG, overrides, settings), checkpoint)
+    run = run_of(checkpoint)
+    (progress or _silent)(f"{checkpoint.name.replace('_', ' ')} of {run}")
+    return evaluate_recipe(_typed(run / CONFIG, overrides, settings), checkpoint)
 
 
 def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:

@@ -40,6 +40,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value]...", help="Dotted keys of the recipe, e.g. method.clip_range=0.1."),
 ]
+EVALUATED = "A recipe (its untrained model), a run (its newest checkpoint), or RUN/checkpoints/step_N."
 Seed = Annotated[int | None, typer.Option(help="Fixes every draw of the run.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -101,6 +102,7 @@ def steer(
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="New directory for result.json and samples.safetensors.")] = None,
     prompts: Annotated[list[str] | None, typer.Option(help="May be repeated; default: the held-out prompts.")] = None,
+    prompts_file: Annotated[str | None, typer.Option(help="Text file, one prompt per line, # before comments.")] = None,
     seed: Seed = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -110,23 +112,25 @@ def steer(
 
     if output is None and not as_json:
         raise UserError("steer: say where the samples go with --output DIR, or ask for a summary with --json")
-    chosen = _shortcuts(seed=seed, **{"steering.prompts": list(prompts) if prompts else None})
+    if prompts and prompts_file is not None:
+        raise UserError("steer: give either --prompts or --prompts-file, not both")
+    chosen = _shortcuts(seed=seed, **{"steering.prompts": list(prompts) if prompts else prompts_file})
     report = api.steer(recipe, output, progress=_steps, overrides=[*(overrides or []), *chosen]).summary()
     _print_json(report) if as_json else _print(tables.steer_report(report))
 
 
 @app.command()
 def evaluate(
-    what: Annotated[str, typer.Argument(metavar="RECIPE|RUN_DIR", help="A recipe (its untrained model), or a run.")],
+    what: Annotated[str, typer.Argument(metavar="RECIPE|RUN_DIR", help=EVALUATED)],
     overrides: Overrides = None,
     seed: Seed = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure reward, drift and diversity of a recipe's model, or of the newest checkpoint of a run."""
+    """Measure reward, drift and diversity of a recipe's model, or of a checkpoint of a run."""
     from difftilt import api, tables
 
-    metrics = api.evaluate(what, overrides=[*(overrides or []), *_shortcuts(seed=seed)])
+    metrics = api.evaluate(what, progress=_said, overrides=[*(overrides or []), *_shortcuts(seed=seed)])
     _print_json(metrics) if as_json else _print(tables.metric_table({"value": metrics}))
 
 
@@ -236,6 +240,11 @@ def _line(text: str) -> None:
     """A line on stderr; on a terminal the next one overwrites it."""
     sys.stderr.write(f"\x1b[2K{text}\r" if sys.stderr.isatty() else f"{text}\n")
     sys.stderr.flush()
+
+
+def _said(text: str) -> None:
+    """A line on stderr that stays."""
+    sys.stderr.write(f"{text}\n")
 
 
 def _progress(row: Mapping[str, float], verdicts: Sequence[object]) -> None:

@@ -7,7 +7,7 @@ first and how far the truth had moved by then.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ from difftilt.rewards.protocol import Samples
 from difftilt.testbeds.shapes_verifier import STRAY_LEVELS, ShapesReward, Verifier, see
 from difftilt.testbeds.shapes_world import BACKGROUND
 from difftilt.training.loop import TrainResult, train_task
-from difftilt.training.monitors import Verdict
+from difftilt.training.monitors import Row, Verdict, judge
 
 SEEDS = (20, 21, 22, 23, 24)
 """Of the reported runs; leaks, lengths and rules were chosen on seeds below them."""
@@ -122,18 +122,28 @@ def _train(recipe: Recipe, replace_reward: Any = None) -> TrainResult:
     return train_task(task, recipe.method.build(task), recipe.training, None)
 
 
+class Alarm(NamedTuple):
+    """A monitor, and what it spoke of where it watches several numbers."""
+
+    monitor: str
+    of: str
+
+    def __str__(self) -> str:
+        return f"{self.monitor} of {self.of}" if self.of else self.monitor
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What the monitors said of one run.
 
     Attributes:
-        first: monitor -> iteration at which it first spoke.
+        first: alarm -> iteration at which it first came; alarms of one monitor about different numbers are different.
         alarm: iteration at which the right alarm first came; None if it never did.
         before, then, after: held-out numbers before training, at the evaluation of that alarm (of the last one before
             it, where it came between two), and at the end.
     """
 
-    first: Mapping[str, int]
+    first: Mapping[Alarm, int]
     alarm: int | None
     before: Mapping[str, float]
     then: Mapping[str, float]
@@ -142,9 +152,9 @@ class Outcome:
 
 def outcome(result: TrainResult, alarm: str = "", through: tuple[str, ...] = ()) -> Outcome:
     """The outcome of a run in which ``alarm`` is the right one, by a fall of one of ``through`` where that is given."""
-    first: dict[str, int] = {}
+    first: dict[Alarm, int] = {}
     for verdict in result.verdicts:
-        first.setdefault(verdict.monitor, verdict.iteration)
+        first.setdefault(Alarm(verdict.monitor, verdict.of), verdict.iteration)
     right = [one.iteration for one in result.verdicts if one.monitor == alarm and _fell(result, one, through)]
     reached = [row for row in result.rows if "heldout/reward" in row and right and row["iteration"] <= right[0]]
     then = _heldout(reached[-1]) if reached else result.before
@@ -170,25 +180,27 @@ def detected(name: str, seed: int) -> Outcome:
 @cache
 def spoken(recipe: str, seed: int) -> tuple[str, ...]:
     """Monitors that spoke in a run of a packaged recipe."""
-    return tuple(outcome(clean(recipe, seed)).first)
+    return tuple(dict.fromkeys(alarm.monitor for alarm in outcome(clean(recipe, seed)).first))
 
 
 def table(names: Sequence[str] = tuple(PLANTED), seeds: Sequence[int] = SEEDS) -> str:
     """Markdown: one row for every planted run."""
-    head = "| planted | seed | right alarm, first at | others | accuracy | clean | fidelity | diversity |\n"
+    head = (
+        "| planted | seed | right alarm, first at | all alarms, first at | accuracy | clean | fidelity | diversity |\n"
+    )
     lines = [_line(name, seed, detected(name, seed)) for name in names for seed in seeds]
     return head + "| --- | --- | --- | --- | --- | --- | --- | --- |\n" + "\n".join(lines)
 
 
 def _line(name: str, seed: int, found: Outcome) -> str:
     planted = PLANTED[name]
-    others = ", ".join(f"{one} {at}" for one, at in found.first.items() if one != planted.alarm)
+    alarms = ", ".join(f"{alarm} {at}" for alarm, at in found.first.items())
     moved = [
         f"{found.before[one]:.3f} → {found.then[one]:.3f} → {found.after[one]:.3f}"
         for one in ("accuracy", "clean", "fidelity", "diversity")
     ]
     when = "missed" if found.alarm is None else str(found.alarm)
-    return f"| {name} | {seed} | {planted.alarm} {when} | {others or 'none'} | {' | '.join(moved)} |"
+    return f"| {name} | {seed} | {planted.alarm} {when} | {alarms or 'none'} | {' | '.join(moved)} |"
 
 
 def _detections(name: str) -> float:
@@ -203,15 +215,48 @@ def _collapses() -> float:
     return float(sum("diversity" in spoken("mixtures/diffusion-nft", seed) for seed in SEEDS))
 
 
+@cache
+def _tiny(lr: float | None) -> TrainResult:
+    """Two iterations of the demo's settings, few samples; a learning rate of its own breaks the model."""
+    settings: dict[str, object] = {"method.groups": 4, "method.group_size": 4, "training.evaluation_samples": 64}
+    settings |= {"training.iterations": 2, "training.evaluate_every": 0}
+    broken: dict[str, object] = {} if lr is None else {"method.kl_weight": 0.0, "training.optimizer.lr": lr}
+    return clean("demo", 10, **settings, **broken)
+
+
+BROKEN = ("kl_reference", "diversity", "heldout_fall")
+"""Monitors that must speak where the learning rate breaks the model at once; the gap needs a run that learns."""
+
+
 def _sound_is_quiet() -> float:
-    """False alarms of one tiny run of the demo's settings."""
-    settings = {"method.groups": 4, "method.group_size": 4, "training.evaluation_samples": 64}
-    result = clean("demo", 10, **{"training.iterations": 2, "training.evaluate_every": 0}, **settings)
-    return float(sum(one in GUARDED for one in outcome(result).first))
+    """Wrong verdicts on two tiny runs: false alarms on the sound one, monitors that are silent on the broken one."""
+    cries = {verdict.monitor for verdict in _tiny(None).verdicts} & set(GUARDED)
+    heard = {verdict.monitor for verdict in _tiny(1e-2).verdicts}
+    return float(len(cries) + len(set(BROKEN) - heard))
+
+
+def gap_rows(heldout: float) -> list[Row]:
+    """Twenty rows whose training reward rises by 1 from the first ten to the last, held-out ones by ``heldout``."""
+    rows: list[Row] = [{"iteration": i, "reward_mean": float(i >= 10), "reward_std": 0.5} for i in range(20)]
+    # the level of a window is the mean of the evaluations at its ends; the one before training is 0
+    rows[9]["heldout/reward"], rows[19]["heldout/reward"] = 0.0, 2 * heldout
+    return rows
+
+
+def _gap_is_told() -> float:
+    """Wrong verdicts of ``heldout_gap`` with the demo's thresholds: on held-out gains of all, and of none, of it."""
+    thresholds = load_recipe("demo").training.monitors
+    spoke = [{one.monitor for one in judge(gap_rows(gain), thresholds, {"reward": 0.0})} for gain in (1.0, 0.0)]
+    return float(("heldout_gap" in spoke[0]) + ("heldout_gap" not in spoke[1]))
 
 
 PROOFS = (
-    Proof("false alarms of the demo's settings in two tiny iterations", _sound_is_quiet, at_most=0),
+    Proof(
+        "false alarms of the demo's settings in two tiny iterations, and monitors silent where these break the model",
+        _sound_is_quiet,
+        at_most=0,
+    ),
+    Proof("wrong verdicts on held-out prompts that gain all or none of a training gain", _gap_is_told, at_most=0),
     *(
         Proof(
             f"detections of {planted.alarm} among 5 planted runs: {name}",

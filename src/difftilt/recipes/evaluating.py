@@ -1,4 +1,4 @@
-"""Evaluating the model of a recipe, as it comes or with the weights of a run's newest checkpoint."""
+"""Evaluating the model of a recipe, as it comes or with the weights of a checkpoint of a run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,19 +20,45 @@ from difftilt.training.protocol import Method
 from difftilt.training.run import LoopRun
 from difftilt.training.world import World
 
+CHECKPOINTS = "checkpoints"
+"""Of a run directory: ``step_0``, ``step_20``, ..., and ``latest``."""
 
-def checkpoint_of(run: Path) -> Path:
-    """The newest checkpoint of a run directory.
+
+def checkpoint_of(path: Path) -> Path | None:
+    """The newest checkpoint of a run directory, or the one that is named itself; None for what is no directory.
 
     Raises:
-        UserError: if the directory is no run, or a run without a checkpoint.
+        UserError: if a directory is neither a run nor a checkpoint in one, or a run without a checkpoint.
     """
-    if not (run / CONFIG).is_file():
-        raise UserError(f"{run} is no run directory ({CONFIG} is missing): name a run, or a recipe")
-    newest = newest_checkpoint(run / "checkpoints")
+    path = path.absolute() if path.absolute().parent.name == CHECKPOINTS else path
+    if path.parent.name == CHECKPOINTS and (run_of(path) / CONFIG).is_file():
+        return _named(path)
+    if not path.is_dir():
+        return None
+    if not (path / CONFIG).is_file():
+        raise UserError(
+            f"{path} is no run directory ({CONFIG} is missing) and no checkpoint in one: name a run, a folder "
+            f"RUN/{CHECKPOINTS}/step_N, or a recipe"
+        )
+    newest = newest_checkpoint(path / CHECKPOINTS)
     if newest is None:
-        raise UserError(f"{run} has no checkpoint to evaluate: the run ended before it wrote one")
+        raise UserError(f"{path} has no checkpoint to evaluate: the run ended before it wrote one")
     return newest
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run directory that a checkpoint lies in."""
+    return checkpoint.parent.parent
+
+
+def _named(path: Path) -> Path:
+    """The checkpoint under a name of its own, ``latest`` included."""
+    found = path.with_name(path.resolve().name) if path.is_symlink() else path
+    if found.name.startswith("step_") and found.is_dir():
+        return found
+    steps = [one.name for one in path.parent.glob("step_*")]
+    known = ", ".join(sorted(steps, key=lambda name: (len(name), name))) or "none"
+    raise UserError(f"{run_of(path)} has no checkpoint {path.name!r}; there are: {known}")
 
 
 def evaluate_recipe(recipe: Recipe, checkpoint: Path | None) -> dict[str, float]:
@@ -52,6 +78,8 @@ def evaluate_recipe(recipe: Recipe, checkpoint: Path | None) -> dict[str, float]
     roles = CopiedRoles(model.network.to(device), method.roles())
     if checkpoint is not None:
         tensors, _ = load_checkpoint(checkpoint)
+        if "weights" not in tensors:
+            raise UserError(f"checkpoint {checkpoint} holds no weights: name another step of the run")
         roles.load_state_dict(tensors["weights"])
     noise = Noise(config.seed)
     run = LoopRun(replace(task, model=model), roles, World(), noise, config.forward_batch, device)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from omegaconf import OmegaConf
 from pydantic import Field
@@ -21,8 +21,9 @@ class SteeringConfig(Config):
 
     seed: int = Field(default=0, ge=0)
     """Fixes every draw of the run."""
-    prompts: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """What to sample for; null takes the held-out prompts of the testbed."""
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] | Annotated[str, Field(min_length=1)] | None = None
+    """What to sample for: a list, or the path of a file with one prompt per line and # before comments; null takes the
+    held-out prompts of the testbed."""
     forward_batch: int = Field(default=64, ge=4, multiple_of=4)
     """Rows of every network call: shorter batches are padded, longer ones are split. A multiple of 4."""
     device: Device = "cpu"

@@ -94,8 +94,9 @@ class Judgement:
 
 
 def see(images: Float[Tensor, "batch 3 height width"]) -> list[Picture]:
-    """The objects and the stray paint of every picture; values in [0, 1]."""
-    levels = images.detach().float().cpu().permute(0, 2, 3, 1).numpy() * 255
+    """The objects and the stray paint of every picture; values in [0, 1], and what is not finite is stray paint."""
+    # one colour range beyond [0, 1] is far from every colour, so clamping there changes no verdict and never overflows
+    levels = images.detach().float().cpu().clamp(-1, 2).permute(0, 2, 3, 1).numpy() * 255
     palette = np.array([BACKGROUND, *COLOURS.values()], dtype=np.float32)
     away = np.stack([np.linalg.norm(levels - colour, axis=-1) for colour in palette], axis=1)
     nearest, known = away.argmin(1), away.min(1) <= OFF_PALETTE
@@ -114,7 +115,7 @@ def see(images: Float[Tensor, "batch 3 height width"]) -> list[Picture]:
             centre = ((rows.start + rows.stop - 1) / 2, (columns.start + columns.stop - 1) / 2)
             objects[picture].append(Found(tuple(COLOURS)[colour], shape, centre))
             covered[picture, rows, columns] |= mask
-    paint = away[:, 0] > STRAY_LEVELS
+    paint = np.logical_not(away[:, 0] <= STRAY_LEVELS)  # so written, NaN is paint
     near = ndimage.binary_dilation(covered, structure=_RING)
     stray = (paint & np.logical_not(near)).sum((1, 2))
     return [Picture(tuple(found), int(count)) for found, count in zip(objects, stray, strict=True)]

@@ -8,6 +8,7 @@ by ``and`` or by a relation (``"two red circles left of a blue square"``).
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from itertools import permutations, product
 from typing import Literal
@@ -17,7 +18,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from difftilt.errors import UserError
-from difftilt.leaves import nearest
 
 CELL = 8
 """Pixels of a cell."""
@@ -111,9 +111,9 @@ def parse(prompt: str) -> Wish:
         UserError: names the first word that is not in the vocabulary, or the form that prompts have.
     """
     words = prompt.split()
-    for word in words:
+    for place, word in enumerate(words):
         if word not in WORDS:
-            raise UserError(f"prompt {prompt!r}: {word!r} is not in the vocabulary; {nearest(word, WORDS)}")
+            raise UserError(f"prompt {prompt!r}: {word!r} is not in the vocabulary; {_instead(words, place)}")
     for joint in ("and", *RELATIONS):
         first, found, second = f" {' '.join(words)} ".partition(f" {joint} ")
         if found:
@@ -122,6 +122,36 @@ def parse(prompt: str) -> Wish:
                 raise UserError(f"prompt {prompt!r}: the two groups must differ in colour or shape")
             return Wish(kinds, None if joint == "and" else joint)
     return Wish((_kind(words, prompt),))
+
+
+CLOSE = 0.6
+"""Least similarity (difflib's ratio) of a word that is offered in place of an unknown one."""
+
+
+def _instead(words: Sequence[str], place: int) -> str:
+    """What to write for an unknown word: a close one that fits its place in the prompt, else all that fit there."""
+    word = words[place]
+    if word.lower() in WORDS:
+        return f"prompts are in lower case: {word.lower()!r}"
+    joints = [i for i in range(place) if words[i] in _JOINTS]
+    group = words[joints[-1] + 1 if joints else 0 :]
+    role, fitting = _role(len(words) - len(group), place, group)
+    close = get_close_matches(word.lower(), fitting, 2, CLOSE)
+    return f"did you mean {' or '.join(close)}?" if close else f"known {role}: {', '.join(fitting)}"
+
+
+_JOINTS = ("and", *(word for relation in RELATIONS for word in relation.split()))
+
+
+def _role(start: int, place: int, group: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """What stands at a place of a group that begins at ``start``, and the words for it."""
+    shapes = SHAPES if group[0] == "a" else [f"{shape}s" for shape in SHAPES] if group[0] in NUMBERS else _FORMS
+    roles = (("numbers", tuple(NUMBERS)), ("colours", tuple(COLOURS)), ("shapes", shapes))
+    between = ("words between two groups", ("and", *RELATIONS))
+    return roles[place - start] if place - start < len(roles) else between
+
+
+_FORMS = (*SHAPES, *(f"{shape}s" for shape in SHAPES))
 
 
 def _kind(words: Sequence[str], prompt: str) -> Kind:

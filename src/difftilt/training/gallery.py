@@ -95,7 +95,12 @@ def save_gallery(directory: Path, step: int, gallery: Gallery, shown: Shown) -> 
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / PROMPTS, json.dumps(asdict(gallery), indent=1))
     media = shown.media.detach().cpu()
-    stored = (media.float() * 255).round().clamp(0, 255).byte() if media.dim() == 4 else media
+    stored = media
+    if media.dim() == 4 and media.is_floating_point():
+        finite = media.float().nan_to_num(0.0, posinf=0.0, neginf=0.0)  # no byte stands for the others: black
+        stored = (finite * 255).round().clamp(0, 255).byte()
+    if media.is_complex():
+        stored = media.to(torch.complex64)  # safetensors knows no wider type
     tensors = {"media": stored.contiguous().clone(), "score": shown.score.float().cpu().contiguous().clone()}
     save_file(tensors, directory / f"step_{step}.safetensors")
     save_picture(directory, f"step_{step}", media, columns=gallery.size if media.dim() == 4 else None)

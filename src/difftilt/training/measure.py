@@ -34,9 +34,9 @@ class Measured:
 
     Attributes:
         numbers: ``reward``, ``reward/<component>``, every held-out reward, ``kl_reference``, ``diversity``. Of reward
-            and held-out rewards also ``<name>_std``, the population std over samples, and ``<name>_tolerance`` where
-            the reward declares one; of the task's headline also
-            ``<name>@<category>``, the mean over the prompts of each category that the task knows.
+            and held-out rewards also ``<name>_std``, the population std over samples; of held-out rewards that declare
+            one also ``<name>_tolerance``; of the task's headline also ``<name>@<category>``, the mean over the prompts
+            of each category that the task knows.
         samples: decoded, of this process.
     """
 

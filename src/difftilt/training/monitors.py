@@ -24,8 +24,9 @@ class MonitorConfig(Config):
     diversity: float = Field(default=0.5, ge=0, le=1)
     """Smallest share of the first iteration's within-group diversity."""
     heldout_fall: float = Field(default=1.0, gt=0)
-    """Largest fall of a held-out reward since before training, in units of the tolerance that it declares, or else of
-    its standard deviation over the samples then."""
+    """Largest fall of a reward on held-out prompts since before training: of a held-out reward that declares a
+    tolerance in units of that, of any other, the training reward included, in standard deviations over the samples
+    then."""
     heldout_gap: float = Field(default=0.5, gt=0)
     """Largest part of the certain gain in training reward that held-out prompts may lack."""
     clip_fraction: float = Field(default=0.5, gt=0, le=1)
@@ -110,7 +111,10 @@ def _share_of_first(name: str) -> Measure:
 
 
 def _heldout_fall(rows: Sequence[Row], before: Mapping[str, float]) -> Reading | None:
-    """The largest fall of any held-out reward, in units of its tolerance or of its spread before training."""
+    """The largest fall of any reward on held-out prompts, in units of its tolerance or of its spread before training.
+
+    The evaluation before training has a tolerance only of held-out rewards.
+    """
     falls = [
         Reading((before[name] - rows[-1][f"heldout/{name}"]) / unit, name)
         for name in before

@@ -11,10 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 SHOWN = 64
+LARGEST = 1e30
+"""Points farther out are left out of a plot: the arithmetic of its layout overflows on them."""
 
 
 def save_picture(directory: Path, name: str, media: Tensor, columns: int | None = None) -> Path:
     """A grid of images, a scatter plot of other floats, or a list of tokens as JSON; returns the file written.
+
+    Of complex numbers the modulus is drawn. What is not finite is black in an image and left out of a plot.
 
     Args:
         directory: made if it is not there.
@@ -24,6 +28,7 @@ def save_picture(directory: Path, name: str, media: Tensor, columns: int | None 
     """
     directory.mkdir(parents=True, exist_ok=True)
     media = media.detach().cpu()
+    media = media.abs() if media.is_complex() else media
     if not media.is_floating_point():
         path = directory / f"{name}.json"
         path.write_text(json.dumps(_spread(media).tolist()))
@@ -49,7 +54,7 @@ def image_grid(images: Float[Tensor, "batch channel height width"], columns: int
     scale = max(1, 64 // max(height, width))
     rows = math.ceil(count / columns)
     canvas = torch.ones(rows * (height + 1) - 1, columns * (width + 1) - 1, 3)
-    for place, image in enumerate(images.clamp(0, 1)):
+    for place, image in enumerate(images.nan_to_num(0.0, posinf=0.0, neginf=0.0).clamp(0, 1)):
         top, left = place // columns * (height + 1), place % columns * (width + 1)
         colour = image if channels == 3 else image[:1].expand(3, -1, -1)
         canvas[top : top + height, left : left + width] = colour.permute(1, 2, 0)
@@ -59,6 +64,7 @@ def image_grid(images: Float[Tensor, "batch channel height width"], columns: int
 
 def _scatter(points: Float[Tensor, "batch dim"], path: Path) -> None:
     """First two coordinates against each other, or a histogram of a single one."""
+    points = points[(points.abs() <= LARGEST).all(dim=1)]
     figure = Figure(figsize=(4, 4), dpi=100)
     axes = figure.subplots()
     if points.shape[1] == 1:

@@ -1,7 +1,8 @@
 """Running one member of an arena: the base, a steerer or a method, and how far a budget takes it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -13,7 +14,7 @@ from difftilt.errors import GuardError
 from difftilt.evaluation.arena.config import Member
 from difftilt.evaluation.arena.cost import CURRENCIES, WORDS, Currency, spent, times
 from difftilt.evaluation.arena.records import MemberRun, Reading, finite, within
-from difftilt.evaluation.arena.stage import Sampling, Stage, noise_of, search_bound
+from difftilt.evaluation.arena.stage import Stage, noise_of, search_bound
 from difftilt.models.denoiser import denoiser
 from difftilt.models.ledger import Ledger
 from difftilt.rewards import as_reward
@@ -38,7 +39,8 @@ class Plan:
 
     Attributes:
         fixed: spent whatever the budget: plain sampling of all samples, for those that sample plainly.
-        unit: of one iteration of training, as its first one was; or of one particle for each sample.
+        unit: of one iteration of training, as the dearer one of the first two was, for the first may need no pass of
+            the reference; or of one particle for each sample.
         least: the smallest number of units that makes sense.
         what: a unit in words.
     """
@@ -76,7 +78,9 @@ def plan_of(stage: Stage, member: Member) -> Plan:
         loop = stage.loop(member, seed)
         fixed = stage.sampling(loop.run, loop.method.evaluated_role, loop.method.sampler(loop.run.task)).cost
         loop.iterate(0)
-        return Plan(fixed, loop.run.ledger.copy(), 1, "one iteration of training and the samples")
+        first = loop.run.ledger.copy()
+        loop.iterate(1)
+        return Plan(fixed, _dearer(first, loop.run.ledger - first), 1, "one iteration of training and the samples")
     task = stage.task(member)
     return Plan(stage.sampling(stage.run(task, seed), "reference", base_sampler(task, member)).cost, Ledger(), 0, "")
 
@@ -84,12 +88,17 @@ def plan_of(stage: Stage, member: Member) -> Plan:
 _FIELDS = ("nfe", "reward_calls", "gradient_passes", "auxiliary_calls")
 
 
+def _dearer(one: Ledger, other: Ledger) -> Ledger:
+    """The larger count of everything."""
+    return Ledger(*(max(getattr(one, name), getattr(other, name)) for name in _FIELDS))
+
+
 def run_member(stage: Stage, member: Member, plan: Plan, seed: int, tell: Tell) -> MemberRun:
     """Both readings of a member."""
     if member.steerer is not None:
         return _steered(stage, member, plan, seed, tell)
     if member.method is not None:
-        return _trained(stage, member, plan, seed, tell)
+        return _trained(stage, member, seed, tell)
     reading = base_reading(stage, member, seed)
     return MemberRun(member=member.name, seed=seed, readings=dict.fromkeys(CURRENCIES, reading))
 
@@ -190,44 +199,59 @@ def drawn_rows(steered: Steered, uniform: Float[Tensor, " prompts"]) -> Int[Tens
     return torch.stack(rows)
 
 
-def _trained(stage: Stage, member: Member, plan: Plan, seed: int, tell: Tell) -> MemberRun:
-    """Train until both budgets are spent; a reading is the last evaluation within its budget."""
+def _trained(stage: Stage, member: Member, seed: int, tell: Tell) -> MemberRun:
+    """Train until both budgets are exceeded; a reading is of the last iteration within its budget.
+
+    What an iteration costs is known only after it, and differs between iterations. So the weights before it are kept,
+    and evaluated when it was one too many.
+    """
     loop, config = stage.loop(member, seed), stage.arena.config
     budgets: Counts = {currency: config.budget(currency) for currency in CURRENCIES}
     sampling = stage.sampling(loop.run, loop.method.evaluated_role, loop.method.sampler(loop.run.task))
-    curve = [trained_reading(stage, loop, sampling, 0, 0.0)]
-    largest: Counts = {currency: spent(plan.unit, currency) for currency in CURRENCIES}
+    curve: list[Reading] = []
+
+    def read(iteration: int, cost: Ledger, seconds: float) -> None:
+        curve.append(trained_reading(stage, loop, cost + sampling.cost, iteration, seconds + sampling.seconds))
+        tell(_progress(curve[-1], budgets))
+
     iteration, seconds = 0, 0.0
-    while going := _within_reach(loop, sampling, largest, budgets):
-        before, began = loop.run.ledger.copy(), time.perf_counter()
+    read(iteration, loop.run.ledger.copy(), seconds)
+    while kept := _kept(loop.run.ledger + sampling.cost, budgets):
+        weights, cost, began = loop.run.roles.state_dict(), loop.run.ledger.copy(), time.perf_counter()
         loop.iterate(iteration)
-        iteration, seconds = iteration + 1, seconds + time.perf_counter() - began
-        cost = loop.run.ledger - before
-        largest = {currency: max(largest[currency], spent(cost, currency)) for currency in CURRENCIES}
-        closing = _within_reach(loop, sampling, largest, budgets) != going
-        if closing or iteration % member.training.evaluate_every == 0:
-            curve.append(trained_reading(stage, loop, sampling, iteration, seconds))
-            tell(_progress(curve[-1], budgets))
+        took, still = time.perf_counter() - began, _kept(loop.run.ledger + sampling.cost, budgets)
+        if still != kept and curve[-1].iterations != iteration:
+            with _returned_to(loop, weights):
+                read(iteration, cost, seconds)
+        iteration, seconds = iteration + 1, seconds + took
+        if still and iteration % member.training.evaluate_every == 0:
+            read(iteration, loop.run.ledger.copy(), seconds)
     return MemberRun(member=member.name, seed=seed, readings=within(tuple(curve), budgets), curve=tuple(curve))
 
 
-def _within_reach(loop: Loop, sampling: Sampling, largest: Counts, budgets: Counts) -> list[Currency]:
-    """The budgets that one more iteration, at the largest cost so far, would not exceed."""
-    now = loop.run.ledger + sampling.cost
-    return [currency for currency in CURRENCIES if spent(now, currency) + largest[currency] <= budgets[currency]]
+def _kept(cost: Ledger, budgets: Counts) -> list[Currency]:
+    """The budgets that a cost does not exceed."""
+    return [currency for currency in CURRENCIES if spent(cost, currency) <= budgets[currency]]
 
 
-def trained_reading(stage: Stage, loop: Loop, sampling: Sampling, iteration: int, seconds: float) -> Reading:
-    """An evaluation of the present weights."""
+@contextmanager
+def _returned_to(loop: Loop, weights: Mapping[str, Tensor]) -> Generator[None, None, None]:
+    """Earlier weights for a while."""
+    present = loop.run.roles.state_dict()
+    loop.run.roles.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        loop.run.roles.load_state_dict(present)
+
+
+def trained_reading(stage: Stage, loop: Loop, cost: Ledger, iteration: int, seconds: float) -> Reading:
+    """An evaluation of the present weights, which took ``cost`` and ``seconds``, sampling included."""
     seed, task = loop.config.seed, loop.run.task
     role, sampler = loop.method.evaluated_role, loop.method.sampler(task)
     measured = measure(loop.run, role, sampler, stage.arena.config.samples, seed)
-    return Reading(
-        numbers=finite(measured.numbers) | stage.drift(task, measured.samples, seed),
-        cost=loop.run.ledger + sampling.cost,
-        seconds=seconds + sampling.seconds,
-        iterations=iteration,
-    )
+    numbers = finite(measured.numbers) | stage.drift(task, measured.samples, seed)
+    return Reading(numbers=numbers, cost=cost, seconds=seconds, iterations=iteration)
 
 
 def _progress(reading: Reading, budgets: Counts) -> str:

@@ -101,16 +101,17 @@ def render(records: Sequence[RunRecord], file: Path, notes: Sequence[str]) -> st
         loader=pages, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"figure": figure, "signed": signed, "whole": whole}
-    charts, folded = views.curves(records)
+    drawn = views.curves(records)
     page = environment.get_template("report.html.j2").render(
         version=__version__,
         title=", ".join(record.name for record in records),
         cards=[_card(record, place) for place, record in enumerate(records)],
         records=records,
         notes=notes,
-        charts=charts,
-        folded=folded,
-        pictures=pictures(records, len(charts) + len(folded)),
+        charts=drawn.shown,
+        folded=drawn.folded,
+        left_out=drawn.left_out,
+        pictures=pictures(records, len(drawn.shown) + len(drawn.folded)),
         overview=views.overview(records),
         categories=views.categories(records),
         phases=views.phases(records),
@@ -121,6 +122,8 @@ def render(records: Sequence[RunRecord], file: Path, notes: Sequence[str]) -> st
         colours=COLOURS,
         mean=views.steered_mean,
         tilt_kl=views.tilt_kl,
+        short=views.short,
+        unseen=views.unseen,
     )
     # names of files may hold bytes that are no text at all
     return page.encode("utf-8", "replace").decode("utf-8")

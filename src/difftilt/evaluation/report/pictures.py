@@ -1,15 +1,21 @@
 """The pictures of a report: per prompt the samples before and after, of all runs that kept the same ones."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from difftilt.config import Problems
+from difftilt.errors import UserError
 from difftilt.evaluation.report.charts import Cloud, limits_of, scatter_chart
 from difftilt.evaluation.report.reading import RunRecord
 from difftilt.evaluation.report.samples import Gallery, Particles, Stage, kind_of
 from difftilt.evaluation.report.sprites import Sprite, sprite, token_lines
+from difftilt.recipes.parts import read_part
+from difftilt.training.protocol import Task
 
 SHOWN = 12
 """Prompts in view; the others are folded away."""
@@ -135,7 +141,10 @@ def _strips(stages: Sequence[tuple[int, Stage]], rows: slice, score: str) -> lis
 
 def _scored(stage: Stage, rows: slice, name: str) -> str:
     """What the samples of one prompt score on average, for its label."""
-    return "" if stage.score is None else f" · {name} {float(stage.score[rows].double().mean()):.3g}"
+    if stage.score is None:
+        return ""
+    mean = float(stage.score[rows].double().mean())
+    return f" · {name} {mean:.3g}" if math.isfinite(mean) else f" · {name} –"
 
 
 def _strip(label: str, run: int | None, media: Tensor, enlarged: int | None = None) -> Strip:
@@ -173,15 +182,34 @@ def _steered(place: int, record: RunRecord, particles: Particles, number: int) -
             return Pictures([place], note)
         chart = scatter_chart(Cloud(place, points, best), limits_of([points]), number)
         return Pictures([place], note, plots=[Plot("steered", place, False, chart)])
-    heldout = bool(record.config) and record.section("steering").get("prompts") is None
+    unseen = _unseen(record)
     prompts = [
-        Prompt(_caption(record, group), heldout, _particle_strips(particles, group, place))
+        Prompt(text := _caption(record, group), text in unseen, _particle_strips(particles, group, place))
         for group in range(min(len(particles.best), STEERED))
     ]
     note = f"{count}, in order of weight." + (f" The first {PARTICLES} are shown." if counts.max() > PARTICLES else "")
     if len(particles.best) > STEERED:
         note += f" The first {STEERED} of {len(particles.best)} prompts are shown."
     return Pictures([place], note, prompts[:SHOWN], prompts[SHOWN:])
+
+
+def _unseen(record: RunRecord) -> frozenset[str]:
+    """Prompts that the run's testbed holds out of training; none where that is not known.
+
+    A testbed from elsewhere is not asked: a report runs no code of others.
+    """
+    section = record.section("testbed")
+    if ":" in str(section.get("name")):
+        return frozenset()
+    part = read_part("testbeds", "testbed", section, Problems())
+    if part is None:
+        return frozenset()
+    try:
+        testbed = part.build()
+        task = testbed if isinstance(testbed, Task) else cast(Task, testbed.task())
+    except UserError:
+        return frozenset()
+    return frozenset(task.heldout_prompts) - frozenset(task.prompts)
 
 
 def _caption(record: RunRecord, group: int) -> str:

@@ -70,6 +70,7 @@ class RunRecord:
         config: resolved recipe as plain values; empty if it cannot be read.
         config_text: its text.
         rows: of ``metrics.jsonl``.
+        iterations: rows that there must have been, damaged and missing ones included.
         before, after: evaluations; ``after`` of an unfinished run is its newest one, of a steered one that of the best
             sample of each prompt.
         after_iteration: iterations done when ``after`` was measured.
@@ -88,6 +89,7 @@ class RunRecord:
     config: Mapping[str, Any]
     config_text: str
     rows: Sequence[Row]
+    iterations: int
     before: Row
     after: Row
     after_iteration: int | None
@@ -165,12 +167,14 @@ def _config(path: Path, damage: Damage) -> tuple[dict[str, Any], str]:
 
 
 def _read_training(path: Path, name: str, config: dict[str, Any], text: str, damage: Damage) -> RunRecord:
-    rows = read_metrics(path / "metrics.jsonl", damage)
+    rows, written = read_metrics(path / "metrics.jsonl", damage)
     if not (path / "metrics.jsonl").exists():
         damage.add("metrics.jsonl is missing: there are no curves")
     summary, stored = read_object(path / "summary.json", damage), read_object(path / "before.json", damage)
-    training = mapping(config.get("training"))
-    unfinished = _unfinished(rows, number(training.get("iterations")), bool(summary), damage)
+    planned = number(mapping(config.get("training")).get("iterations"))
+    unfinished = _unfinished(rows, planned, bool(summary), damage)
+    if unfinished is None and planned is not None:
+        written = max(written, int(planned))
     before = numbers(stored) or numbers(summary.get("before"))
     lacking = [key for key in stored if key not in numbers(stored)]
     if lacking:
@@ -185,13 +189,13 @@ def _read_training(path: Path, name: str, config: dict[str, Any], text: str, dam
     told = (
         items(summary.get("verdicts"))
         if unfinished is None and "verdicts" in summary
-        else _judged(rows, training, before)
+        else _judged(rows, config, before, damage)
     )
     cost = {key: sum(row.get(key, 0.0) for row in rows) for key in _cost_keys(rows)}
     findings = [_finding(entry) for entry in map(mapping, told) if entry]
     samples = read_gallery(path, damage)
     return RunRecord(
-        path, name, False, config, text, rows, before, after, after_iteration, unfinished, findings, [], cost,
+        path, name, False, config, text, rows, written, before, after, after_iteration, unfinished, findings, [], cost,
         None, samples, damage.lines,
     )  # fmt: skip
 
@@ -215,9 +219,24 @@ def _unfinished(rows: Sequence[Row], planned: float | None, summarised: bool, da
     return None
 
 
-def _judged(rows: Sequence[Row], training: Mapping[str, Any], before: Row) -> Sequence[Mapping[str, Any]]:
+def _thresholds(config: Mapping[str, Any], damage: Damage) -> MonitorConfig:
+    """Those of the run; the default ones, with a note, where the recipe has none that can be read."""
+    training = config.get("training", {})
+    stored = mapping(training).get("monitors", {})
+    problems = Problems()
+    if not isinstance(training, Mapping):
+        problems.add("training: is no mapping")
+    elif not isinstance(stored, Mapping):
+        problems.add("training.monitors: is no mapping")
+    parsed = problems.parse(MonitorConfig, mapping(stored), "training.monitors")
+    for line in problems.lines:
+        damage.add(f"config.yaml: {line}; the run is judged by the default thresholds of the monitors")
+    return parsed if parsed is not None and not problems.lines else MonitorConfig()
+
+
+def _judged(rows: Sequence[Row], recipe: Mapping[str, Any], before: Row, damage: Damage) -> Sequence[Mapping[str, Any]]:
     """Verdicts anew, under the thresholds of the run where they can be read."""
-    config = Problems().parse(MonitorConfig, mapping(training.get("monitors")), "monitors") or MonitorConfig()
+    config = _thresholds(recipe, damage)
     verdicts: list[Verdict] = []
     for count in range(1, len(rows) + 1):
         verdicts += judge(rows[:count], config, before)
@@ -243,7 +262,7 @@ def _read_steering(path: Path, name: str, config: dict[str, Any], text: str, dam
     steered = [_steered(entry) for entry in prompts_of(result)]
     samples, ledger = read_particles(path, damage), numbers(result.get("ledger"))
     return RunRecord(
-        path, name, True, config, text, [], {}, numbers(result.get("best")), None, None, [], steered, ledger,
+        path, name, True, config, text, [], 0, {}, numbers(result.get("best")), None, None, [], steered, ledger,
         number(result.get("seconds")), samples, damage.lines,
     )  # fmt: skip
 

@@ -67,7 +67,7 @@ class Particles:
 
 def kind_of(media: Tensor) -> Kind | None:
     """What media of this type and rank are shown as; None where there is no way to show them."""
-    if media.numel() == 0:
+    if media.numel() == 0 or media.is_complex():
         return None
     if media.dim() == 4:
         return "images"
@@ -110,7 +110,15 @@ def read_particles(run: Path, damage: Damage) -> Particles | None:
         damage.add(f"{path.name} is damaged (it lacks {', '.join(missing)})")
         return None
     media, group, weight, best = (tensors[name] for name in ("media", "group", "weight", "best"))
-    shapes = kind_of(media) and group.dim() == weight.dim() == best.dim() == 1 and len(media) == len(group)
+    if media.is_complex():
+        damage.add(f"{path.name} holds complex numbers, which cannot be shown")
+        return None
+    shapes = (
+        kind_of(media)
+        and not weight.is_complex()
+        and group.dim() == weight.dim() == best.dim() == 1
+        and len(media) == len(group)
+    )
     fitting = shapes and len(weight) == len(group) and _points_into(best, len(media))
     if not fitting or not _points_into(group, len(best)):
         damage.add(f"{path.name} is damaged (its tensors do not fit together)")
@@ -139,12 +147,20 @@ def _stage(path: Path, step: int, rows: int, damage: Damage) -> Stage | None:
         if tensors:
             damage.add(f"{path.name} is damaged (it lacks media)")
         return None
+    if media.is_complex():
+        damage.add(f"{path.name} holds complex numbers, which cannot be shown")
+        return None
     if kind_of(media) is None or len(media) != rows:
         damage.add(f"{path.name} holds samples of shape {tuple(media.shape)}, which do not fit {rows} rows of prompts")
         return None
     score = tensors.get("score")
-    return Stage(step, media, score if score is not None and score.shape == (rows,) else None)
+    if score is None or score.shape != (rows,) or score.is_complex():
+        return Stage(step, media, None)
+    if not score.isfinite().all():
+        damage.add(f"{path.name} holds scores that are not finite; the mean of their prompt is a dash")
+    return Stage(step, media, score)
 
 
 def _points_into(index: Tensor, rows: int) -> bool:
-    return not index.is_floating_point() and bool(((index >= 0) & (index < rows)).all())
+    plain = not index.is_floating_point() and not index.is_complex()
+    return plain and bool(((index >= 0) & (index < rows)).all())

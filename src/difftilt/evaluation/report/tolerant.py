@@ -80,15 +80,20 @@ def read_plain(path: Path, damage: Damage) -> str | None:
         return None
 
 
-def read_metrics(path: Path, damage: Damage) -> list[Row]:
-    """The rows of ``metrics.jsonl`` that can be read, one per iteration in their order; of a repeated one the last."""
+def read_metrics(path: Path, damage: Damage) -> tuple[list[Row], int]:
+    """The rows of ``metrics.jsonl`` that can be read, and how many there must have been at least.
+
+    One per iteration in their order; of a repeated one the last.
+    """
     text = read_plain(path, damage)
     if text is None:
-        return []
+        return [], 0
     rows: list[Row] = []
+    lost = 0
     *whole, last = text.split("\n")
     for place, line in enumerate([*whole, last] if last.strip() else whole, start=1):
         row = _row(line)
+        lost += row is None
         if row is not None:
             rows.append(row)
         elif place > len(whole):
@@ -99,16 +104,22 @@ def read_metrics(path: Path, damage: Damage) -> list[Row]:
     if order != sorted(set(order)):
         damage.add(f"{path.name}: iterations are repeated or out of order; they were sorted, the last of each counts")
     by_iteration = {row["iteration"]: row for row in rows}
-    return [by_iteration[one] for one in sorted(by_iteration)]
+    last = int(max(order, default=-1.0))
+    return [by_iteration[one] for one in sorted(by_iteration)], max(last + 1, len(by_iteration) + lost)
 
 
 def read_tensors(path: Path, damage: Damage) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; empty, with a note unless the file is just not there."""
+    """The tensors of a safetensors file; empty, with a note unless the file is just not there.
+
+    Floating ones come as float32, or what is larger as infinite: few operations know the narrow types.
+    """
     if not path.exists():
         return {}
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        return {
+            name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in load_file(path).items()
+        }
+    except (SafetensorError, OSError, ValueError, NotImplementedError) as error:  # the last: no way to widen a type
         damage.add(f"{path.name} is damaged ({_short(error)})")
         return {}
 

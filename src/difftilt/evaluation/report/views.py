@@ -1,13 +1,14 @@
 """What a report says of runs, ready to be laid out: headlines, curves, categories, times, costs, sources."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from difftilt.errors import UserError
 from difftilt.evaluation.report.charts import Line, Style, line_chart
 from difftilt.evaluation.report.reading import RunRecord
+from difftilt.evaluation.report.samples import Gallery
 from difftilt.evaluation.report.tolerant import Row
 from difftilt.leaves import find
 
@@ -51,6 +52,15 @@ class Chart:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """Charts to look at first, those that are folded away, and the names of the numbers that are not drawn."""
+
+    shown: Sequence[Chart]
+    folded: Sequence[Chart]
+    left_out: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Cell:
     """One category of one run; the widths of its bars are in per cent."""
 
@@ -70,11 +80,12 @@ class Categories:
 
 @dataclass(frozen=True)
 class Phases:
-    """Seconds of a run by phase, and the share of each in per cent."""
+    """Seconds of a run by phase, the share of each in per cent, and of how many rows that is the sum, if not of all."""
 
     run: int
     seconds: Row
     shares: Row
+    short: str
 
 
 def what(record: RunRecord) -> str:
@@ -114,12 +125,15 @@ def _spread(key: str, keys: Sequence[str]) -> bool:
 
 
 def overview(records: Sequence[RunRecord]) -> list[list[Change]]:
-    """For every run reward, drift and diversity; of a steered one what came out, under the same names."""
+    """For every run reward, drift and diversity; of a steered one the reward that came out.
+
+    Its weights do not drift, and the KL of its tilted law is another quantity than the path KL of a trained one.
+    """
     rows: list[list[Change]] = []
     for record in records:
         pairs = {name: (record.before.get(name), record.after.get(name)) for name in FIRST}
         if record.steering:
-            pairs |= {"reward": (None, steered_mean(record, "mean")), "kl_reference": (None, tilt_kl(record))}
+            pairs |= {"reward": (None, steered_mean(record, "mean")), "kl_reference": (None, None)}
         rows.append([Change(NAMES[name], *pair) for name, pair in pairs.items()])
     return rows
 
@@ -143,8 +157,8 @@ def tilt_kl(record: RunRecord) -> float | None:
     return sum(found) / len(found) if len(found) == len(pairs) else None
 
 
-def curves(records: Sequence[RunRecord]) -> tuple[list[Chart], list[Chart]]:
-    """Charts of all runs together: those to look at first, and the rest. Numbers of charts count from 0."""
+def curves(records: Sequence[RunRecord]) -> Curves:
+    """Charts of all runs together. Numbers of charts count from 0."""
     names = [*dict.fromkeys(key for record in records for row in record.rows for key in row)]
     heldout = [name for name in names if name.startswith("heldout/") and "@" not in name]
     measured = [name[8:] for name in heldout if name[8:] not in FIRST and not name.startswith("heldout/reward/")]
@@ -157,9 +171,9 @@ def curves(records: Sequence[RunRecord]) -> tuple[list[Chart], list[Chart]]:
     rest = [(name, name, None) for name in names if name not in taken and not name.startswith(("heldout/", "time/"))]
     charts = [_chart(records, *one) for one in first]
     shown = [(title, lines) for title, lines in charts if lines]
-    folded = [_chart(records, *one) for one in rest][:MORE_CHARTS]
+    folded = [_chart(records, *one) for one in rest[:MORE_CHARTS]]
     drawn = [Chart(title, line_chart(lines, i)) for i, (title, lines) in enumerate([*shown, *folded])]
-    return drawn[: len(shown)], drawn[len(shown) :]
+    return Curves(drawn[: len(shown)], drawn[len(shown) :], [title for title, *_ in rest[MORE_CHARTS:]])
 
 
 def _chart(records: Sequence[RunRecord], title: str, batch: str | None, heldout: str | None) -> tuple[str, list[Line]]:
@@ -211,7 +225,8 @@ def phases(records: Sequence[RunRecord]) -> list[Phases]:
         seconds = {key[5:]: sum(row.get(key, 0.0) for row in record.rows) for key in sorted(keys, key=_phase_order)}
         total = sum(seconds.values())
         if total > 0:
-            found.append(Phases(place, seconds, {name: 100 * value / total for name, value in seconds.items()}))
+            shares = {name: 100 * value / total for name, value in seconds.items()}
+            found.append(Phases(place, seconds, shares, short(record, keys)))
     return found
 
 
@@ -223,6 +238,19 @@ def _phase_order(key: str) -> tuple[int, str]:
 def costs(records: Sequence[RunRecord]) -> list[str]:
     """Names of the entries of the ledgers that any run spent something on, in one order."""
     return [*dict.fromkeys(key for record in records for key, spent in record.ledger.items() if spent)]
+
+
+def unseen(record: RunRecord) -> bool:
+    """Whether its evaluations are on prompts that training never sees, as far as its gallery tells."""
+    return not isinstance(record.samples, Gallery) or any(record.samples.heldout)
+
+
+def short(record: RunRecord, keys: Collection[str]) -> str:
+    """``" (from k of n rows)"`` for a sum over rows some of which lack one of the keys; empty where none does."""
+    if record.steering or not record.rows:
+        return ""
+    whole = min((sum(key in row for row in record.rows) for key in keys), default=0)
+    return f" (from {whole} of {record.iterations} rows)" if whole < record.iterations else ""
 
 
 def citations(records: Sequence[RunRecord]) -> dict[str, str]:
