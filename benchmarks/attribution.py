@@ -297,8 +297,10 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-def settings_of(testbed: str, steps: int, groups: int, size: int, world: Mapping[str, object]) -> list[Setting]:
-    """Every method of the family on one testbed of so many steps."""
+def settings_of(
+    testbed: str, groups: int, size: int, world: Mapping[str, object], auxiliary: tuple[str, ...] = ()
+) -> list[Setting]:
+    """Every method of the family on one testbed; ``auxiliary`` are held-out rewards of it."""
     chains: dict[str, Any] = {"groups": groups, "group_size": size, "kl_weight": 0.0, "clip_range": 0.1}
 
     def of(name: str, method: str, **settings: Any) -> Setting:
@@ -308,21 +310,21 @@ def settings_of(testbed: str, steps: int, groups: int, size: int, world: Mapping
         of("flow-grpo", "flow-grpo", **chains),
         of("flow-grpo, one start", "flow-grpo", share_start=True, **chains),
         of("flow-grpo, window 0-1", "flow-grpo", share_start=True, window={"width": 2, "low": 0, "high": 2}, **chains),
-        of("gardo", "gardo", **chains),
+        of("gardo", "gardo", auxiliary=auxiliary, **chains),
         of("dense-grpo", "dense-grpo", share_start=True, **chains),
-        of("tp-grpo", "tp-grpo", share_start=True, **chains),
+        of("tp-grpo", "tp-grpo", share_start=True, kernel="flow_sde", **chains),
         of("g2rpo, one granularity", "g2rpo", granularities=(1,), **chains),
         of("g2rpo", "g2rpo", granularities=(1, 2, 3), **chains),
-        of("branch-grpo", "branch-grpo", splits=tuple(range(0, steps - 1, 2))[:4], groups=groups, kl_weight=0.0),
-        of("b2-diffurl", "b2-diffurl", **chains),
-        of("euphonium", "euphonium", **chains),
+        of("branch-grpo", "branch-grpo", groups=groups, group_size=16, kernel="flow_sde", noise_level=0.7),
+        of("b2-diffurl", "b2-diffurl", groups=groups, group_size=size, kernel="flow_sde", noise_level=0.7),
+        of("euphonium", "euphonium", **{**chains, "kernel": "flow_sde", "noise_level": 0.7}),
     ]
 
 
 def chosen(size: str) -> list[Setting]:
     """The table of the documentation, or two rows that only show that everything runs."""
     if size == "tiny":
-        return settings_of("mixtures", 10, 2, 8, {})[1:3]
+        return settings_of("mixtures", 2, 8, {})[1:3]
     taught = {"categories": ("count", "binding", "position", "count_position")}
     ring = {"steps": 10, "shift": 3.0, "noise_level": 0.7, "reward": "distance", "centre": (2.0, 0.0)}
-    return [*settings_of("mixtures", 10, 16, 24, ring), *settings_of("shapes", 8, 8, 12, taught)]
+    return [*settings_of("mixtures", 16, 24, ring), *settings_of("shapes", 8, 12, taught, ("clean", "fidelity"))]

@@ -19,6 +19,7 @@ CONFIGS: Mapping[str, dict[str, object]] = {
     "MarkovPosterior": {"initial": [0.3, 0.7], "transition": [[0.9, 0.1], [0.2, 0.8]], "length": 3},
     "MaskedTransformer": {"vocab": 4, "length": 5, "width": 16, "depth": 1, "heads": 2},
     "MixtureVelocity": {"means": [[0.0, 1.0], [2.0, 0.1]], "std": 0.3, "weights": [0.4, 0.6], "classes": [0, 1]},
+    "ProcessReward": {"shape": [1, 8, 8], "classes": 3, "hidden": 8},
     "TextEncoder": {"vocabulary": ["red", "circle"], "length": 3, "width": 16, "depth": 1, "heads": 2},
 }
 

@@ -21,6 +21,13 @@ from difftilt.testbeds.mixtures import Mixtures
 from difftilt.training.protocol import Task
 
 SMALL: dict[str, Any] = {"groups": 6, "group_size": 4, "updates": 1}
+NEEDED: dict[str, dict[str, Any]] = {"gardo": {"auxiliary": ("on_mode",)}}
+"""Settings without which a leaf refuses to begin."""
+
+
+def small(name: str) -> dict[str, Any]:
+    """Settings of the run that measures the laws of a leaf."""
+    return SMALL | NEEDED.get(name, {})
 
 
 def _task() -> Task:
@@ -35,7 +42,7 @@ def _gap(one: Tensor, other: Tensor) -> float:
 def ratio_one(name: str) -> float:
     """Largest |ratio - 1| over the rows of the first update."""
     task = _task()
-    loop = loop_of(name, replace(task, sampler=replace(task.sampler, guidance=2.5)), **SMALL)
+    loop = loop_of(name, replace(task, sampler=replace(task.sampler, guidance=2.5)), **small(name))
     with torch.no_grad():
         experience = loop.method.collect(loop.run)
     worst = 0.0
@@ -50,7 +57,7 @@ def ratio_one(name: str) -> float:
 def constant_reward(name: str) -> float:
     """Norm of the gradient, without the KL term, when all samples score the same."""
     task = with_reward(_task(), lambda samples: torch.full((len(samples.media),), 0.3))
-    return float(gradient(name, task, **SMALL, kl_weight=0.0).norm())
+    return float(gradient(name, task, **small(name), kl_weight=0.0).norm())
 
 
 def offset_per_prompt(name: str) -> float:
@@ -61,14 +68,14 @@ def offset_per_prompt(name: str) -> float:
     def moved(samples: Samples) -> Tensor:
         return base.score(samples) + torch.tensor([8.0 * int(prompt[-1]) for prompt in samples.prompts])
 
-    plain = gradient(name, with_reward(task, base.score), **SMALL, kl_weight=0.0)
-    return _gap(plain, gradient(name, with_reward(_task(), moved), **SMALL, kl_weight=0.0))
+    plain = gradient(name, with_reward(task, base.score), **small(name), kl_weight=0.0)
+    return _gap(plain, gradient(name, with_reward(_task(), moved), **small(name), kl_weight=0.0))
 
 
 def batch_split(name: str) -> float:
     """Relative change of the gradient between microbatches of 64 and of 8 rows."""
-    whole = gradient(name, _task(), 64, **SMALL)
-    return _gap(whole, gradient(name, _task(), 8, **SMALL))
+    whole = gradient(name, _task(), 64, **small(name))
+    return _gap(whole, gradient(name, _task(), 8, **small(name)))
 
 
 LAWS: dict[str, tuple[str, Callable[[str], float], float]] = {

@@ -61,10 +61,17 @@ def gradient(name: str, task: Task, forward_batch: int = 64, **settings: Any) ->
     return torch.cat([part.reshape(-1) for part in parts]).double()
 
 
-def trained(name: str, task: Task, iterations: int, lr: float, count: int = 1024, **settings: Any) -> TrainResult:
+def trained(
+    name: str, task: Task, iterations: int, lr: float, count: int = 1024, seed: int = 0, **settings: Any
+) -> TrainResult:
     """A whole run in memory, evaluated on ``count`` samples before and after."""
     optimizer = OptimizerConfig(lr=lr, weight_decay=0.0)
     config = TrainingConfig(
-        iterations=iterations, forward_batch=1024, evaluate_every=0, evaluation_samples=count, optimizer=optimizer
+        iterations=iterations,
+        seed=seed,
+        forward_batch=1024,
+        evaluate_every=0,
+        evaluation_samples=count,
+        optimizer=optimizer,
     )
     return train_task(task, make_method(name, task, **settings), config, None)

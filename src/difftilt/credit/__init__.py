@@ -11,6 +11,9 @@ Traps: a group without variance has advantage 0, by equality and not by a small 
 about the batch's mean, so an offset per prompt changes it; ``pooled`` does not. NaN stays NaN.
 """
 
+from difftilt.credit.diversity import favour_unlike, nearest_distance
+from difftilt.credit.gains import gains, per_step, step_rewards, turning_points
+from difftilt.credit.granular import multi_view_advantage
 from difftilt.credit.group import (
     Normaliser,
     aggregate,
@@ -22,23 +25,48 @@ from difftilt.credit.group import (
     standardise,
     zero_std_fraction,
 )
-from difftilt.credit.history import History, normalise, push, push_and_normalise
+from difftilt.credit.history import History, Stages, normalise, push, push_and_normalise, stage_scores
 from difftilt.credit.optimality import OptimalityMode, optimality
+from difftilt.credit.selection import Contrast, contrast
+from difftilt.credit.tree import Width, depth_advantage, kept_leaves, path_fusion, width_mask
+from difftilt.credit.uncertainty import Fraction, mean_doubt, scope_of, suspects, uncertainty, wins
 
 __all__ = [
+    "Contrast",
+    "Fraction",
     "History",
     "Normaliser",
     "OptimalityMode",
+    "Stages",
+    "Width",
     "aggregate",
     "best_worst",
     "broadcast",
     "constant_groups",
+    "contrast",
+    "depth_advantage",
+    "favour_unlike",
+    "gains",
     "group_advantage",
+    "kept_leaves",
     "leave_one_out",
+    "mean_doubt",
+    "multi_view_advantage",
+    "nearest_distance",
     "normalise",
     "optimality",
+    "path_fusion",
+    "per_step",
     "push",
     "push_and_normalise",
+    "scope_of",
+    "stage_scores",
     "standardise",
+    "step_rewards",
+    "suspects",
+    "turning_points",
+    "uncertainty",
+    "width_mask",
+    "wins",
     "zero_std_fraction",
 ]

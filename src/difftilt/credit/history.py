@@ -1,4 +1,4 @@
-"""Per-prompt statistics that outlive an iteration: a buffer of the newest rewards of every prompt (DDPO)."""
+"""Per-prompt statistics that outlive an iteration: of the newest rewards (DDPO) or the newest stages (B²-DiffuRL)."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from difftilt.statistics.folds import compact, segment_count, segment_rank
+from difftilt.statistics.folds import (
+    compact,
+    segment_count,
+    segment_max,
+    segment_mean,
+    segment_min,
+    segment_rank,
+    segment_sum,
+)
 
 Rewards = Float[Tensor, " samples"]
 Prompt = Int[Tensor, " samples"]
@@ -79,3 +87,55 @@ def push_and_normalise(
     """Push the batch, then normalise it with what is held (DDPO, arXiv 2305.13301: capacity 16 to 32)."""
     newer = push(history, rewards, prompt)
     return normalise(newer, rewards, prompt, min_count=min_count, eps=eps), newer
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The rewards of the newest stages, one row each; what is remembered is bounded by stages, not by rewards.
+
+    Attributes:
+        values: float64.
+        prompt: of each.
+        stage: in which it was drawn.
+    """
+
+    values: Float[Tensor, " rewards"]
+    prompt: Int[Tensor, " rewards"]
+    stage: Int[Tensor, " rewards"]
+
+    @classmethod
+    def empty(cls) -> "Stages":
+        """Nothing remembered."""
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(none.double(), none, none)
+
+    def push(self, rewards: Rewards, prompt: Prompt, stage: int, earlier: int) -> "Stages":
+        """With the rewards of ``stage``, and without those drawn more than ``earlier`` stages before it."""
+        kept = self.stage >= stage - earlier
+        return Stages(
+            torch.cat([self.values[kept], rewards.double()]),
+            torch.cat([self.prompt[kept], prompt]),
+            torch.cat([self.stage[kept], torch.full_like(prompt, stage)]),
+        )
+
+
+def stage_scores(stages: Stages, rewards: Rewards, prompt: Prompt, *, eps: float = 1e-8) -> Rewards:
+    """(r - mean) / (sample std + eps) over what the stages hold of its prompt (B²-DiffuRL, arXiv 2503.11240).
+
+    0 where they hold fewer than two values of the prompt, or equal ones.
+
+    Args:
+        stages: with the rewards themselves already pushed.
+        rewards: to be normalised.
+        prompt: of each; every one must be held.
+        eps: added to the std, in units of the reward.
+    """
+    labels, held = stages.prompt.unique(return_inverse=True)
+    count, own = len(labels), torch.searchsorted(labels, prompt)
+    mean, number = segment_mean(stages.values, held, count), segment_count(held, count)
+    squares = segment_sum((stages.values - mean[held]).square(), held, count)
+    std = (squares / (number - 1).clamp(min=1)).sqrt()
+    # equality, not a small std: rounding of the mean must not be amplified
+    flat = segment_max(stages.values, held, count) == segment_min(stages.values, held, count)
+    score = torch.where(flat[own], 0.0, (rewards.double() - mean[own]) / (std[own] + eps))
+    return score.to(torch.promote_types(rewards.dtype, torch.float32))

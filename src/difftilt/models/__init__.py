@@ -16,6 +16,7 @@ from difftilt.models.markov import MarkovPosterior
 from difftilt.models.masked_transformer import MaskedTransformer
 from difftilt.models.mixture import GaussianMixture, MixturePrediction, MixtureVelocity, Tilted
 from difftilt.models.mlp import MLP
+from difftilt.models.process_reward import ProcessReward
 from difftilt.models.protocol import (
     Denoiser,
     Frozen,
@@ -46,6 +47,7 @@ __all__ = [
     "MixtureVelocity",
     "Network",
     "NetworkDenoiser",
+    "ProcessReward",
     "RoleSpec",
     "Roles",
     "Stateful",

@@ -21,6 +21,7 @@ from difftilt.models.markov import MarkovPosterior
 from difftilt.models.masked_transformer import MaskedTransformer
 from difftilt.models.mixture import GaussianMixture, MixtureVelocity
 from difftilt.models.mlp import MLP
+from difftilt.models.process_reward import ProcessReward
 from difftilt.models.text_encoder import TextEncoder
 from difftilt.process.gaussian import GaussianProcess, RectifiedFlow, VariancePreserving
 
@@ -62,6 +63,7 @@ CLASSES: Mapping[str, Callable[..., nn.Module]] = {
     "MarkovPosterior": _markov,
     "MaskedTransformer": MaskedTransformer,
     "MixtureVelocity": _mixture,
+    "ProcessReward": ProcessReward,
     "TextEncoder": TextEncoder,
 }
 """What ``config.json`` may name: a builder that takes the config's values as keyword arguments."""

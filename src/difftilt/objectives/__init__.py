@@ -8,6 +8,13 @@ Traps: never return a mean, the loop refuses it. A published weight belongs to o
 of four numbers called KL (``KLMode``). References and old policies are detached inside the function.
 """
 
+from difftilt.objectives.distillation import (
+    distillation_loss,
+    finite_target,
+    limit_target,
+    step_weight,
+    velocity_slope,
+)
 from difftilt.objectives.kl import KLMode, exact_kl, flow_grpo_kl, mean_gap, sde_kl, step_kl, velocity_gap
 from difftilt.objectives.nft import NFTLoss, NFTSpace, nft_loss
 from difftilt.objectives.policy_gradient import (
@@ -18,6 +25,7 @@ from difftilt.objectives.policy_gradient import (
     reinforce,
     surrogate_of_ratio,
 )
+from difftilt.objectives.preference import step_preference
 
 __all__ = [
     "KLMode",
@@ -25,15 +33,21 @@ __all__ = [
     "NFTSpace",
     "Surrogate",
     "clipped_surrogate",
+    "distillation_loss",
     "divided_by_time",
     "exact_kl",
+    "finite_target",
     "flow_grpo_kl",
     "guard_log_ratio",
+    "limit_target",
     "mean_gap",
     "nft_loss",
     "reinforce",
     "sde_kl",
     "step_kl",
+    "step_preference",
+    "step_weight",
     "surrogate_of_ratio",
     "velocity_gap",
+    "velocity_slope",
 ]

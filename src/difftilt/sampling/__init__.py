@@ -10,9 +10,9 @@ Grids are explicit, float64, and must be the same in rollout and replay.
 """
 
 from difftilt.sampling.drift import TIGHTEST, canonical_kernel, path_kl
-from difftilt.sampling.kernels import CPS, DDIM, DDPM, DanceSDE, Euler, FlowSDE, Unmasking, ancestral_std
+from difftilt.sampling.kernels import CPS, DDIM, DDPM, DanceSDE, Euler, FlowSDE, StepwiseSDE, Unmasking, ancestral_std
 from difftilt.sampling.noise import Noise, siblings
-from difftilt.sampling.presets import Preset, cps, dance_sde, ddim, euler, flow_sde, unmasking
+from difftilt.sampling.presets import Preset, cps, dance_sde, ddim, euler, flow_sde, stepwise_sde, unmasking
 from difftilt.sampling.protocol import (
     Edges,
     Guide,
@@ -59,6 +59,7 @@ __all__ = [
     "Sampler",
     "Solver",
     "Step",
+    "StepwiseSDE",
     "Trajectory",
     "Unmasking",
     "ancestral_std",
@@ -71,5 +72,6 @@ __all__ = [
     "path_kl",
     "reduce_dims",
     "siblings",
+    "stepwise_sde",
     "unmasking",
 ]

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difftilt.process.gaussian import GaussianPrediction, as_gaussian, expand
+from difftilt.process.gaussian import GaussianPrediction, GaussianProcess, as_gaussian, expand
 from difftilt.process.masked import MaskedProcess, TokenPrediction
 from difftilt.process.protocol import Prediction
 from difftilt.sampling.steps import CategoricalStep, GaussianStep
@@ -49,11 +49,10 @@ class FlowSDE:
 
     def __call__(self, prediction: Prediction, x_t: Tensor, t: Times, s: Times) -> GaussianStep:
         gaussian = as_gaussian(prediction)
-        return _sde_step(gaussian, self.coefficient(gaussian, t, s), t, s, self.score_term)
+        return _sde_step(gaussian, self.coefficient(gaussian.process, t, s), t, s, self.score_term)
 
-    def coefficient(self, prediction: GaussianPrediction, t: Times, s: Times) -> Times:
+    def coefficient(self, process: GaussianProcess, t: Times, s: Times) -> Times:
         """The diffusion coefficient g at t, (batch,)."""
-        process = prediction.process
         noisy, clean = process.sigma(t), process.alpha(t)
         turning = clean * process.sigma_dot(t) - noisy * process.alpha_dot(t)
         safe = torch.where(clean <= 1e-6, process.alpha(s), clean)
@@ -68,7 +67,47 @@ class DanceSDE:
     score_term: bool = True
 
     def __call__(self, prediction: Prediction, x_t: Tensor, t: Times, s: Times) -> GaussianStep:
-        return _sde_step(as_gaussian(prediction), torch.full_like(t, self.eta), t, s, self.score_term)
+        gaussian = as_gaussian(prediction)
+        return _sde_step(gaussian, self.coefficient(gaussian.process, t, s), t, s, self.score_term)
+
+    def coefficient(self, process: GaussianProcess, t: Times, s: Times) -> Times:
+        """Eta, (batch,)."""
+        return torch.full_like(t, self.eta)
+
+
+@dataclass(frozen=True)
+class StepwiseSDE:
+    """g = one free rate for every step of a grid (psi of DenseGRPO, arXiv 2601.20218).
+
+    Any positive rates keep the marginals of an exact model: the score term of the drift follows g.
+
+    Attributes:
+        times: of the grid at which the steps start, falling, without the last.
+        rates: g of each of these steps. A time between two of them has the rate of the nearest: rollout and replay see
+            the times of the grid in float32.
+    """
+
+    times: tuple[float, ...]
+    rates: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.times) != len(self.rates):
+            raise ValueError(f"{len(self.times)} steps need as many rates, got {len(self.rates)}")
+
+    def __call__(self, prediction: Prediction, x_t: Tensor, t: Times, s: Times) -> GaussianStep:
+        times, rates = t.new_tensor(self.times), t.new_tensor(self.rates)
+        g = rates[(t[:, None] - times).abs().argmin(1)]
+        return _sde_step(as_gaussian(prediction), g, t, s)
+
+
+def largest_rates(process: GaussianProcess, t: Times, s: Times) -> Times:
+    """The rate g at which an SDE step keeps nothing of x_t, each (steps,); above it the rule overshoots.
+
+    With the velocity held, the mean of a step is (1 - g²·|alpha_dot|·(t - s)/(2·sigma·turning))·x_t + ..., turning =
+    alpha·sigma_dot - sigma·alpha_dot; for rectified flow the bracket is 1 - g²·(t - s)/(2t).
+    """
+    turning = process.alpha(t) * process.sigma_dot(t) - process.sigma(t) * process.alpha_dot(t)
+    return (2 * process.sigma(t) * turning / (-process.alpha_dot(t) * (t - s))).sqrt()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ sample is the same in any batch, in any order, in any process and on any device,
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -124,11 +125,21 @@ class Noise:
         return words.argsort(stable=True)
 
 
+Siblings = Literal["correlated", "scaled"]
+"""How siblings are told apart: by noise they partly share, or by independent noise of a larger scale."""
+
+
 def siblings(
-    shared: Float[Tensor, "rows *noise"], own: Float[Tensor, "rows *noise"], spread: float
+    shared: Float[Tensor, "rows *noise"],
+    own: Float[Tensor, "rows *noise"],
+    spread: float,
+    mode: Siblings = "correlated",
 ) -> Float[Tensor, "rows *noise"]:
     """(shared + spread·own) / sqrt(1 + spread²): N(0, I) marginals, correlation 1/(1 + spread²) between siblings.
 
-    ``spread`` 0 gives clones, infinity independence (BranchGRPO, arXiv 2509.06040).
+    ``spread`` 0 gives clones, infinity independence (BranchGRPO, arXiv 2509.06040). Mode ``scaled`` is spread·own, as
+    in that paper's released code: its variance is spread², not the step's, and it is there only to show what that does.
     """
+    if mode == "scaled":
+        return spread * own
     return (shared + spread * own) / math.sqrt(1 + spread**2)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from difftilt.process.protocol import Prediction
-from difftilt.sampling.kernels import CPS, DDIM, DanceSDE, Euler, FlowSDE, Unmasking
+from difftilt.sampling.kernels import CPS, DDIM, DanceSDE, Euler, FlowSDE, StepwiseSDE, Unmasking
 from difftilt.sampling.protocol import Kernel, Reduction, Step
 from difftilt.sampling.steps import GaussianStep
 
@@ -64,6 +64,11 @@ def flow_sde(a: float = 0.7) -> Preset:
 def dance_sde(eta: float = 0.3) -> Preset:
     """DanceGRPO."""
     return Preset("dance_sde", DanceSDE(eta))
+
+
+def stepwise_sde(times: tuple[float, ...], rates: tuple[float, ...]) -> Preset:
+    """DenseGRPO: one calibrated rate for every step of a grid."""
+    return Preset("stepwise_sde", StepwiseSDE(times, rates))
 
 
 def cps(a: float = 0.7) -> Preset:

@@ -17,7 +17,7 @@ from difftilt.models.protocol import Denoiser
 from difftilt.process.grid import check_grid
 from difftilt.process.protocol import Condition, Prediction, Process
 from difftilt.sampling.kernels import Euler
-from difftilt.sampling.noise import siblings
+from difftilt.sampling.noise import Siblings, siblings
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import (
     SHIFT,
@@ -48,7 +48,9 @@ class Plan:
             guide has shifted; ``none`` records states alone, of deterministic steps too.
         means: also record the means of the recorded steps.
         branch: step -> number of children that every row splits into before its draw.
-        spread: private against shared noise of siblings, see ``noise.siblings``; None draws them independently.
+        spread: private against shared noise of siblings, see ``noise.siblings``; None draws them independently. Normal
+            noise only: a mean of uniforms is not uniform.
+        siblings: what ``spread`` means.
         first: first step that each row takes, (rows,), for completion from stored states. None: all from step 0.
         output: finished samples are the last state, or the x0-prediction of the last evaluation (DanceGRPO).
     """
@@ -59,6 +61,7 @@ class Plan:
     means: bool = False
     branch: Mapping[int, int] = field(default_factory=dict[int, int])
     spread: float | None = None
+    siblings: Siblings = "correlated"
     first: Int[Tensor, " rows"] | None = None
     output: Literal["state", "x0"] = "state"
 
@@ -241,7 +244,10 @@ class _Walk:
         own = step_noise(step, self.noise, index, position)
         if shared is None or self.plan.spread is None:
             return own
-        return siblings(step_noise(step, self.noise, shared, position, purpose="siblings"), own, self.plan.spread)
+        if step.noise_law != "normal":
+            raise ValueError("siblings share normal noise only: leave spread out, and they are drawn independently")
+        common = step_noise(step, self.noise, shared, position, purpose="siblings")
+        return siblings(common, own, self.plan.spread, self.plan.siblings)
 
     def _record(
         self, front: _Front, moment: Moment, drawing: Step, shift: Tensor | None, x_s: Tensor, stochastic: Tensor

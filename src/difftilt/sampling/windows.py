@@ -93,3 +93,20 @@ def compressed(grid: Float[Tensor, " times"], steps: int) -> Float[Tensor, " few
     if steps > len(grid) - 1:
         raise ValueError(f"a grid of {len(grid) - 1} steps cannot be compressed to {steps}")
     return grid[torch.linspace(0, len(grid) - 1, steps + 1).round().long()]
+
+
+def drifting_start(iteration: int, first: int, last: int, every: int) -> int:
+    """A window's first step, moving from ``first`` to ``last``, either way, by one every ``every`` iterations.
+
+    There it stays (the depth window of BranchGRPO, arXiv 2509.06040).
+    """
+    moved = min(iteration // every, abs(last - first))
+    return first + moved if last >= first else first - moved
+
+
+def interval_length(stage: int, stages: int, shortest: int, longest: int) -> int:
+    """Trained steps before the data end: shortest + floor(stage·(longest - shortest + 1)/stages), at most ``longest``.
+
+    The backward progressive schedule of B²-DiffuRL (arXiv 2503.11240); after its ``stages`` it stays at ``longest``.
+    """
+    return min(shortest + stage * (longest - shortest + 1) // stages, longest)

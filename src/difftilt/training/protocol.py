@@ -144,6 +144,10 @@ class Run(Protocol):
         """Score; raises ``RewardError`` for anything that is not a finite score per sample."""
         ...
 
+    def score_with(self, reward: Reward, samples: Samples) -> Scores:
+        """The same with another reward than the task's own, counted all the same."""
+        ...
+
     def gather(self, *columns: Tensor) -> tuple[Tensor, ...]:
         """The columns of all processes, in the order of processes, which is the order of the global index."""
         ...

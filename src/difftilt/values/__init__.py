@@ -11,18 +11,26 @@ particle that stands in it.
 
 from difftilt.values.estimates import ClosedForm, LatentReward, PosteriorMean, Rollout, SampledX0
 from difftilt.values.learned import Learned, ValueNetwork, fit_value, regression_loss
+from difftilt.values.process_reward import GradientGuide, Scorer, Strength, fit_process_reward, noised_loss
 from difftilt.values.protocol import Rows, Value
+from difftilt.values.spsa import spsa_gradient
 
 __all__ = [
     "ClosedForm",
+    "GradientGuide",
     "LatentReward",
     "Learned",
     "PosteriorMean",
     "Rollout",
     "Rows",
     "SampledX0",
+    "Scorer",
+    "Strength",
     "Value",
     "ValueNetwork",
+    "fit_process_reward",
     "fit_value",
+    "noised_loss",
     "regression_loss",
+    "spsa_gradient",
 ]

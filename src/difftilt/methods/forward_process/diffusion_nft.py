@@ -9,16 +9,18 @@ with u = eps - x_0. The minimiser is v_old + (2/beta)·E[r·(u - v_old) | x_t]: 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from difftilt.card import Card
+from difftilt.config import Config as Settings
 from difftilt.credit.group import Scale, group_advantage
 from difftilt.credit.optimality import OptimalityMode, optimality
 from difftilt.errors import UserError
@@ -26,6 +28,7 @@ from difftilt.models.protocol import Lagging, RoleSpec
 from difftilt.objectives.kl import velocity_gap
 from difftilt.objectives.nft import nft_loss
 from difftilt.process.gaussian import GaussianPrediction, GaussianProcess, as_gaussian
+from difftilt.rewards.protocol import Samples
 from difftilt.sampling.protocol import Edges, NoiseSource, Sampler
 from difftilt.sampling.rollout import sample, start_state
 from difftilt.training.base import MethodBase
@@ -33,6 +36,8 @@ from difftilt.training.config import GroupSampling
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.grids import grid_of
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
+from difftilt.training.surrogate import KL_GATE
+from difftilt.trees import take
 
 CARD = Card(
     name="diffusion-nft",
@@ -43,32 +48,37 @@ CARD = Card(
 )
 
 
-class Config(GroupSampling):
+class RegressionConfig(Settings):
+    """The regression and the behaviour policy: what is this method's own. Defaults are the authors' code's."""
+
+    nft_beta: float = Field(default=1.0, gt=0)
+    """Mixing of the two branches; the update is proportional to 1/nft_beta."""
+    max_advantage: float = Field(default=5.0, gt=0)
+    """Advantage at which a sample is certainly good; also multiplies the loss. The paper's text uses 1."""
+    advantage_mode: OptimalityMode = "all"
+    """Part of the advantage that is kept."""
+    timestep_fraction: float = Field(default=0.99, gt=0, le=1)
+    """Share of the solver's times that each sample is trained at, drawn anew for each."""
+    space: Literal["x0", "velocity"] = "x0"
+    """Space of the regression: x0 with the self-normaliser (the code), or plain velocity (the paper's text)."""
+    behaviour_decay: Literal[0, 1, 2] = 1
+    """Schedule of d in behaviour <- d·behaviour + (1 - d)·current after n optimiser steps: 0: d = 0;
+    1: d = min(0.001·n, 0.5); 2: d = 0 for n < 75, then min(0.0075·(n - 75), 0.999)."""
+
+
+class Config(GroupSampling, RegressionConfig):
     """Defaults of the authors' code, but for the number of samples."""
 
     steps: int | None = Field(default=None, ge=2)
     """Solver steps of a rollout; None follows the task's sampler."""
     shift: float = Field(default=1.0, gt=0)
     """Time shift of the grid when ``steps`` is given."""
-    nft_beta: float = Field(default=1.0, gt=0)
-    """Mixing of the two branches; the update is proportional to 1/nft_beta."""
-    max_advantage: float = Field(default=5.0, gt=0)
-    """Advantage at which a sample is certainly good; also multiplies the loss. The paper's text uses 1."""
     advantage_std: Scale = "global"
     """What a centred reward is divided by. Not ``group`` where many groups have no variance."""
-    advantage_mode: OptimalityMode = "all"
-    """Part of the advantage that is kept."""
     kl_weight: float = Field(default=1e-4, ge=0)
     """Weight of the mean squared velocity difference to the reference."""
-    timestep_fraction: float = Field(default=0.99, gt=0, le=1)
-    """Share of the solver's times that each sample is trained at, drawn anew for each."""
-    space: Literal["x0", "velocity"] = "x0"
-    """Space of the regression: x0 with the self-normaliser (the code), or plain velocity (the paper's text)."""
     updates: int = Field(default=1, ge=1)
     """Optimiser steps per iteration."""
-    behaviour_decay: Literal[0, 1, 2] = 1
-    """Schedule of d in behaviour <- d·behaviour + (1 - d)·current after n optimiser steps: 0: d = 0;
-    1: d = min(0.001·n, 0.5); 2: d = 0 for n < 75, then min(0.0075·(n - 75), 0.999)."""
     ema: float = Field(default=0.9, ge=0, lt=1)
     """Largest decay of the averaged weights that are evaluated; 0 evaluates the trained weights themselves."""
 
@@ -83,7 +93,13 @@ def behaviour_decay(schedule: int, n: int) -> float:
 
 
 class DiffusionNFT(MethodBase):
-    """Sample with ``behaviour``, score, re-noise, regress both branches."""
+    """Sample with ``behaviour``, score, re-noise, regress both branches.
+
+    Attributes:
+        anchor: role that the penalty pulls to. ``edges.extras`` may hold its factor of each row, ``kl_gate``.
+    """
+
+    anchor: str = "reference"
 
     def __init__(self, config: Config, task: Task) -> None:
         if not isinstance(task.model.process, GaussianProcess):
@@ -117,10 +133,9 @@ class DiffusionNFT(MethodBase):
         )
         x_t = start_state(denoise.process, run.noise, batch.index, run.task.model.shape)
         x_0 = sample(denoise, sampler, x_t, batch.condition, noise=run.noise, index=batch.index)
-        scores = run.score(run.samples(x_0, batch))
-        credit = partial(group_advantage, std=config.advantage_std)
-        advantage = run.jointly(credit, scores.total, batch.group)
-        return Experience(
+        samples = run.samples(x_0, batch)
+        scores = run.score(samples)
+        experience = Experience(
             index=batch.index,
             group=batch.group,
             prompt=batch.prompt,
@@ -129,8 +144,19 @@ class DiffusionNFT(MethodBase):
             rewards=scores.total,
             components=scores.components,
             edges=self._noise_levels(run, batch, sampler.grid),
-            label=optimality(advantage, config.max_advantage, config.advantage_mode),
         )
+        return self.credited(run, experience, samples)
+
+    def credited(self, run: Run, experience: Experience, samples: Samples) -> Experience:
+        """The record with the label of each sample, from its reward against those of its group."""
+        assert experience.rewards is not None
+        credit = partial(group_advantage, std=self.config.advantage_std)
+        return self.labelled(experience, run.jointly(credit, experience.rewards, experience.group))
+
+    def labelled(self, experience: Experience, advantage: Float[Tensor, " samples"]) -> Experience:
+        """The record with the optimality that belongs to the advantage of each sample."""
+        config = self.config
+        return replace(experience, label=optimality(advantage, config.max_advantage, config.advantage_mode))
 
     def _noise_levels(self, run: Run, batch: PromptBatch, grid: Tensor) -> Edges:
         """For every sample a random subset of the solver's own times."""
@@ -153,7 +179,7 @@ class DiffusionNFT(MethodBase):
         current = run.denoiser("current", guidance=1.0)
         x_t = current.process.corrupt(rows.x_0, edges.t, eps)
         # frozen passes come first, so that nothing stands between the forward pass with gradient and its backward pass
-        reference = self._frozen(run, "reference", x_t, rows) if config.kl_weight else None
+        penalty = self._penalty(run, x_t, rows) if config.kl_weight else None
         # while behaviour still equals current, one forward pass serves both (the loss detaches the old one)
         same = run.roles.same("behaviour", "current")
         old = None if same else self._frozen(run, "behaviour", x_t, rows)
@@ -168,9 +194,29 @@ class DiffusionNFT(MethodBase):
             space=config.space,
         )
         terms = {"policy": Term(policy.value)}
-        if reference is not None:
-            terms["kl"] = Term(velocity_gap(prediction, reference), config.kl_weight)
+        if penalty is not None:
+            terms["kl"] = Term(penalty(prediction), config.kl_weight)
         return Loss(terms, {"optimality": rows.label})
+
+    def _penalty(self, run: Run, x_t: Tensor, rows: Experience) -> Callable[[GaussianPrediction], Tensor]:
+        """What maps the prediction to gate·(squared velocity gap to the anchor) of each row.
+
+        Where the gate is 0 the anchor is not evaluated, and value and gradient are exactly 0.
+        """
+        gate = rows.edges.extras.get(KL_GATE)
+        if gate is None:
+            return partial(velocity_gap, reference=self._frozen(run, self.anchor, x_t, rows))
+        held = gate.nonzero()[:, 0]
+        reference = self._frozen(run, self.anchor, x_t[held], rows.rows(held)) if len(held) else None
+
+        def penalty(prediction: GaussianPrediction) -> Tensor:
+            none = 0 * prediction.velocity.flatten(1).sum(1)
+            if reference is None:
+                return none
+            gap = velocity_gap(take(prediction, held), reference) * gate[held]
+            return torch.zeros_like(none).index_put((held,), gap.to(none))
+
+        return penalty
 
     def _frozen(self, run: Run, role: str, x_t: Tensor, rows: Experience) -> GaussianPrediction:
         with torch.no_grad():
