@@ -15,13 +15,21 @@ from rich.table import Table
 
 from benchmarks import attribution, signal
 from benchmarks.paired import Report, Subject, measure
-from benchmarks.sampling import completion_overhead, fk_overhead, noise_cost, rollout_overhead, tree_overhead
+from benchmarks.sampling import (
+    branch_saving,
+    completion_overhead,
+    fk_overhead,
+    noise_cost,
+    rollout_overhead,
+    tree_overhead,
+)
 from benchmarks.training import grpo_overhead, nft_overhead
 from benchmarks.workload import SIZES, Size
 
 BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
     "rollout": rollout_overhead,
     "tree": tree_overhead,
+    "branch_saving": branch_saving,
     "completion": completion_overhead,
     "update_flow_grpo": grpo_overhead,
     "update_diffusion_nft": nft_overhead,

@@ -219,7 +219,7 @@ def measure(setting: Setting, repeats: int) -> Row:
     loop = loop_of(setting.method, task_of(setting), forward_batch=64, **setting.settings)
     collected(loop, 0, None)  # whatever a method prepares before its first rollout
     before = loop.run.ledger.copy()
-    collected(loop, 0, None)
+    collected(loop, 1, None)
     cost = loop.run.ledger - before
     found: dict[int, list[Moments]] = {}
     fits: dict[int, list[tuple[float, float, float]]] = {}

@@ -73,6 +73,42 @@ def _sampling(name: str, bound: float, what: str, size: Size, plan: Plan) -> Sub
     )
 
 
+def branch_saving(size: Size) -> Subject:
+    """BranchGRPO's default tree, 16 leaves from one root in 20 steps, against 16 chains: 203 evaluations, not 320.
+
+    As many roots as rows of a network call, so that no call is filled up.
+    """
+    size = replace(size, batch=max(4, size.batch // 8), steps=20)
+    task = make_task(size)
+    network = task.model.network
+    assert isinstance(network, torch.nn.Module)
+    denoise = denoiser(task.model, forward_batch=size.batch)
+    record = torch.ones(size.steps, dtype=torch.bool)
+    tree = Plan(record=record, branch={0: 2, 3: 2, 6: 2, 9: 2}, spread=4.0)
+
+    def run(plan: Plan, rows: int) -> Trajectory:
+        noise, index = Noise(0), torch.arange(rows) * plan.leaves
+        label = torch.zeros(rows, dtype=torch.int64)
+        with torch.no_grad():
+            x = start_state(task.model.process, noise, index, size.latent)
+            grid = task.sampler.grid
+            return rollout(denoise, flow_sde(), grid, x, label, noise=noise, index=index, plan=plan)
+
+    outcome = run(tree, size.batch)
+    assert (outcome.ledger.nfe, len(outcome.edges.step)) == (203 * size.batch, 218 * size.batch)
+    return Subject(
+        name="branch_saving",
+        bound=None,
+        program=f"{size.batch} trees of 16 leaves, 20 steps, splits at 0, 3, 6, 9: 203 evaluations each",
+        floor="as many leaves as chains: 320 evaluations each, recorded in the same way",
+        run_program=lambda: run(tree, size.batch),
+        run_floor=lambda: run(Plan(record=record), 16 * size.batch),
+        shapes=shapes_of(size, network),
+        extra={"nfe": 203 * size.batch, "floor_nfe": 320 * size.batch},
+        phases={},
+    )
+
+
 def completion_overhead(size: Size) -> Subject:
     """Completions of a state of every time together, each by the rest of the grid."""
     task, inputs = make_task(size), make_inputs(size)

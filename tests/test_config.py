@@ -1,6 +1,7 @@
 """Configuration: strict types, unknown keys, every error of every section in one message."""
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import pytest
@@ -33,9 +34,15 @@ class Outer(Config):
         return self
 
 
-def lines(data: dict[str, object]) -> list[str]:
+class Numbers(Config):
+    inner: Inner = Inner()
+    mixed: float | Literal["kl"] = "kl"
+    table: dict[str, float] = Field(default_factory=dict[str, float])
+
+
+def lines(data: Mapping[str, object], config: type[Config] = Outer) -> list[str]:
     with pytest.raises(UserError) as caught:
-        parse(Outer, data, "method")
+        parse(config, data, "method")
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
@@ -72,6 +79,16 @@ def test_unknown_keys_name_the_nearest_at_their_own_level() -> None:
 def test_wrong_values_name_key_and_value(key: str, value: object) -> None:
     (line,) = lines({key: value})
     assert line.startswith(f"method.{key} = ")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_numbers_that_are_not_finite_are_refused_wherever_they_stand(value: float) -> None:
+    for data in ({"inner": {"rate": value}}, {"mixed": value}, {"table": {"a": value}}):
+        (line,) = lines(data, Numbers)
+        assert line.startswith("method.")
+        assert "should be a finite number" in line
+    with pytest.raises(ValidationError, match="finite"):
+        Numbers(mixed=value)
 
 
 def test_all_errors_of_all_sections_come_together() -> None:

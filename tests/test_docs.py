@@ -2,8 +2,11 @@
 
 import ast
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -144,7 +147,23 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_sketches_of_the_architecture_are_python() -> None:
     sketches = blocks(ROOT / "docs" / "architecture.md", "python")
-    assert len(sketches) == 8
+    assert len(sketches) == 6
     for sketch in sketches:
         ast.parse(sketch)
         assert len(sketch.splitlines()) <= 24
+
+
+def test_the_pages_make_a_site_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert (built.returncode, built.stdout + built.stderr) == (0, "")
+    home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert not re.findall(r'(?:src|href)="https?://(?!squidfunk)[^"]+"', home)
+
+
+def test_every_page_stands_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert {page for page in pages if page not in navigation} == set()

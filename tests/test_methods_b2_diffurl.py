@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from difftilt.checks.trial import gradient, loop_of, make_method, perturbed, trained, with_reward
+from difftilt.checks.trial import gradient, loop_of, make_method, perturbed, scatter, trained, with_reward
 from difftilt.errors import UserError
 from difftilt.methods.policy_gradient.b2_diffurl import B2DiffuRL, Config
 from difftilt.objectives.preference import step_preference
@@ -23,7 +23,7 @@ from difftilt.testbeds.shapes import Shapes
 from difftilt.training.experience import Experience
 from difftilt.training.loop import Loop
 from difftilt.training.protocol import Task
-from training_runs import steady, train
+from training_runs import densities, steady, train
 
 SMALL: dict[str, Any] = {"groups": 6, "group_size": 4, "updates": 1}
 
@@ -33,7 +33,9 @@ def task(**changes: Any) -> Task:
 
 
 def collected(settings: dict[str, Any], on: Task | None = None, iteration: int = 0) -> tuple[Loop, Experience]:
+    """Of weights that have left the reference, so that neither can stand in for the other."""
     loop = loop_of("b2-diffurl", on or task(), **{**SMALL, **settings})
+    scatter(loop, "current")
     loop.run.begin(iteration)
     with torch.no_grad():
         return loop, loop.method.collect(loop.run)
@@ -57,6 +59,13 @@ def test_branches_are_equal_up_to_the_interval_and_only_it_is_trained() -> None:
     assert len(end.flatten(0, 1).unique(dim=0)) == 24
     # the prefix and the state where they part once, the rest for every branch
     assert loop.run.ledger.nfe == 6 * (6 + 1 + 4 * 3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kernel": "flow_sde", "noise_level": 0.7, "shortest": 3}])
+def test_chains_are_drawn_and_scored_by_the_current_weights(settings: dict[str, Any]) -> None:
+    loop, experience = collected(settings)
+    assert experience.edges.log_prob is not None
+    assert torch.allclose(experience.edges.log_prob, densities(loop, experience), atol=1e-4)
 
 
 def test_the_interval_grows_from_the_data_end_to_the_whole_chain() -> None:

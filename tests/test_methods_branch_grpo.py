@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from difftilt.checks.trial import loop_of, make_method, perturbed, trained, with_reward
+from difftilt.checks.trial import loop_of, make_method, perturbed, scatter, trained, with_reward
 from difftilt.errors import UserError
-from difftilt.methods.policy_gradient.branch_grpo import BranchGRPO, Config, DepthPruning
+from difftilt.methods.policy_gradient.branch_grpo import BranchGRPO, Config
 from difftilt.sampling.noise import Noise
 from difftilt.testbeds.digits import Config as DigitsConfig
 from difftilt.testbeds.digits import Digits
@@ -22,6 +22,8 @@ from difftilt.training.experience import Experience
 from difftilt.training.loop import Loop
 from difftilt.training.policy_gradient import Window
 from difftilt.training.protocol import Task
+from difftilt.training.pruning import DepthPruning
+from training_runs import densities
 
 SMALL: dict[str, Any] = {"groups": 3, "group_size": 8, "updates": 1}
 
@@ -31,7 +33,9 @@ def task(**changes: Any) -> Task:
 
 
 def collected(settings: dict[str, Any], on: Task | None = None, iteration: int = 0) -> tuple[Loop, Experience]:
+    """Of weights that have left the reference, so that neither can stand in for the other."""
     loop = loop_of("branch-grpo", on or task(), **{**SMALL, **settings})
+    scatter(loop, "current")
     loop.run.begin(iteration)
     with torch.no_grad():
         return loop, loop.method.collect(loop.run)
@@ -77,6 +81,36 @@ def test_the_last_step_is_not_trained_and_the_sample_is_the_x0_prediction_before
     order = edges.sample[at].argsort()
     assert experience.x_0 is not None
     assert torch.equal(x0[order], experience.x_0)
+
+
+def test_trees_are_drawn_and_scored_by_the_current_weights() -> None:
+    loop, experience = collected({})
+    assert experience.edges.log_prob is not None
+    assert torch.allclose(experience.edges.log_prob, densities(loop, experience), atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["dance_sde", "cps", "flow_sde", "ddim"])
+def test_paths_are_weighed_by_the_gaussian_density_of_their_steps(kernel: str) -> None:
+    loop, experience = collected({"kernel": kernel, "noise_level": 0.7, "group_size": 9, "children": 3})
+    edges, density = experience.edges, densities(loop, experience).double()
+    assert experience.rewards is not None
+    assert edges.parent is not None
+    assert edges.advantage is not None
+    last = edges.step.max()
+    path, top = torch.zeros(27, dtype=torch.float64), torch.zeros(27, dtype=torch.int64)
+    for edge in (edges.step == last).nonzero()[:, 0].tolist():
+        leaf, at = int(edges.sample[edge]), edge
+        while int(edges.parent[at]) >= 0:
+            path[leaf] += density[at]
+            at = int(edges.parent[at])
+        top[leaf] = at
+    rewards = experience.rewards.double()
+    for tree in range(3):
+        nodes = top[experience.group == tree].unique()
+        assert len(nodes) == 3
+        value = torch.stack([path[top == node].softmax(0) @ rewards[top == node] for node in nodes])
+        expected = (value - value.mean()) / value.std()
+        torch.testing.assert_close(edges.advantage[nodes, 0], expected.float(), rtol=1e-3, atol=1e-4)
 
 
 def test_one_start_for_all_trees_where_asked() -> None:

@@ -22,8 +22,9 @@ from difftilt.sampling.rollout import replay
 from difftilt.testbeds.digits import Digits
 from difftilt.testbeds.sequences import Sequences
 from difftilt.testbeds.shapes import Shapes
-from difftilt.training.calibration import adjusted, calibrate, count_signs, rate_bounds
+from difftilt.training.calibration import adjusted, calibrate, count_signs, draws, rate_bounds
 from difftilt.training.experience import PromptBatch
+from difftilt.training.world import World
 from training_runs import train
 
 FIXED: dict[str, Any] = {"calibration_rounds": 0}
@@ -83,7 +84,7 @@ def test_the_cost_is_counted_exactly(settings: dict[str, Any], nfe: int, rewards
 
 def test_calibration_is_paid_once_and_counted() -> None:
     loop, _ = collected("dense-grpo", **CALIBRATED)
-    assert (loop.run.ledger.nfe, loop.run.ledger.reward_calls) == ((16 + 24) * 55, (16 + 24) * 11)
+    assert (loop.run.ledger.nfe, loop.run.ledger.reward_calls) == ((16 + 24) * 55, 16 * 11 + 24 * 10)
     loop.run.begin(1)
     with torch.no_grad():
         loop.method.collect(loop.run)
@@ -151,6 +152,25 @@ def test_a_resumed_run_goes_on_with_its_rates(tmp_path: Path) -> None:
     assert whole.rows[0]["nfe"] > whole.rows[1]["nfe"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "chains"),
+    [
+        ({"groups": 16, "group_size": 16}, 256),
+        ({"groups": 12, "group_size": 16}, 192),
+        ({"groups": 1, "group_size": 8}, 32),  # one round, though an iteration has fewer chains
+        ({"groups": 1, "group_size": 8, "calibration_rounds": 2, "calibration_samples": 8}, 16),
+        ({"groups": 1, "group_size": 8, **FIXED}, 0),
+    ],
+)
+def test_a_calibration_costs_no_more_than_an_iteration_unless_told_to(settings: dict[str, Any], chains: int) -> None:
+    loop = loop_of("dense-grpo", task(steps=3), 1024, **settings)
+    with torch.no_grad():
+        loop.method.collect(loop.run)
+    own = settings["groups"] * settings["group_size"]
+    assert loop.run.ledger.reward_calls == own * 4 + chains * 3
+    assert loop.run.ledger.nfe == (own + chains) * 6
+
+
 def test_every_round_has_noise_of_its_own_and_none_of_the_iterations() -> None:
     loop, _ = collected("dense-grpo", **FIXED)
     config, seen = Config(calibration_rounds=3, calibration_samples=8), list[int]()
@@ -161,8 +181,42 @@ def test_every_round_has_noise_of_its_own_and_none_of_the_iterations() -> None:
         return torch.ones(8, 9)
 
     found = calibrate(loop.run, config, loop.run.task.sampler.grid, FlowSDE(0.7), measure, 16)
-    assert seen == list(range(16, 40))
+    assert sorted(seen) == list(range(16, 40))
     assert found.signs[:, 0].tolist() == [8] * 9 + [0]
+
+
+def test_rounds_draw_different_prompts_and_the_same_on_any_number_of_processes() -> None:
+    loop, _ = collected("dense-grpo", task(classes=8), **FIXED)
+    whole = draws(loop.run, 3, 8, 16)
+    prompts = [tuple(batch.prompt.tolist()) for batch in whole]
+    assert len(set(prompts)) == 3
+    assert sorted(place for batch in whole for place in batch.index.tolist()) == list(range(16, 40))
+    for size in (2, 4):
+        parts = [draws(replace(loop.run, world=World(rank, size)), 3, 8, 16) for rank in range(size)]
+        for number, batch in enumerate(whole):
+            assert torch.equal(torch.cat([part[number].index for part in parts]), batch.index)
+            assert torch.equal(torch.cat([part[number].prompt for part in parts]), batch.prompt)
+    with pytest.raises(UserError, match="multiple of 3"):
+        draws(replace(loop.run, world=World(0, 3)), 3, 8, 16)
+
+
+def test_every_round_is_measured_under_the_rates_of_the_round_before() -> None:
+    """Gains that balance up to a rate of the step's own: the rates settle around it, far from both bounds."""
+    loop, _ = collected("dense-grpo", **FIXED)
+    config = Config(calibration_rounds=60, calibration_samples=8, calibration_change=0.05)
+    grid = loop.run.task.sampler.grid
+    first, _, largest = rate_bounds(RectifiedFlow(), grid, FlowSDE(0.7))
+    wanted = first + (largest - first) * torch.linspace(0.2, 0.6, 10, dtype=torch.float64)
+    mixed = torch.tensor([1.0, -1.0] * 4)
+
+    def measure(batch: PromptBatch, preset: Preset) -> Tensor:
+        assert isinstance(preset.kernel, StepwiseSDE)
+        hurts = torch.tensor(preset.kernel.rates) > wanted
+        return torch.where(hurts, -1.0, mixed[:, None])[:, :-1]
+
+    rates = calibrate(loop.run, config, grid, FlowSDE(0.7), measure, 16).rates
+    assert float((rates - wanted)[:-1].abs().max()) <= 0.05 + 1e-9
+    assert rates[-1] == first[-1]
 
 
 def test_signs_decide_and_ties_do_not() -> None:

@@ -1,5 +1,6 @@
 """Guidance moves what it should and nothing else; two advantages, two clipped terms; bad settings are refused."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,10 @@ from difftilt.methods.policy_gradient.euphonium import PROCESS, TRAINED, Euphoni
 from difftilt.models import ProcessReward, save_pretrained
 from difftilt.models.ledger import Ledger
 from difftilt.process.protocol import Condition
+from difftilt.rewards.compose import Normalisation, WeightedSum
+from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import SHIFT, Edges
+from difftilt.sampling.windows import window_mask
 from difftilt.testbeds.digits import Digits
 from difftilt.testbeds.mixtures import Config as MixturesConfig
 from difftilt.testbeds.mixtures import Mixtures
@@ -24,7 +28,8 @@ from difftilt.testbeds.shapes import Shapes
 from difftilt.training.experience import Experience
 from difftilt.training.guided import Distillation
 from difftilt.training.loop import Loop
-from difftilt.training.process_reward import ROLE
+from difftilt.training.policy_gradient import Window
+from difftilt.training.process_reward import ROLE, fit_to_base
 from difftilt.training.protocol import Task
 from difftilt.training.surrogate import surrogate_loss
 from difftilt.values.process_reward import CHUNK, Scorer, Strength, fit_process_reward
@@ -281,6 +286,19 @@ def test_the_fit_learns_the_posterior_mean_of_a_linear_reward() -> None:
         assert torch.allclose(network(x, t), expected, atol=0.5)
 
 
+def test_the_fit_keeps_every_row_s_condition() -> None:
+    bed = Mixtures(MixturesConfig())
+    noise = loop_of("flow-grpo", bed.task(), groups=2, group_size=2).run.noise
+    label = torch.arange(512) % 2
+    x_0 = torch.randn(512, 2, generator=torch.Generator().manual_seed(0))
+    network = ProcessReward((2,), classes=2, hidden=16)
+    fit_process_reward(network, bed.process, x_0, 4.0 * label, label, noise, temperature=1.0, updates=60, batch=64)
+    with torch.no_grad():
+        low, high = network(x_0[:2], torch.full((2,), 0.7), torch.tensor([0, 1])).tolist()
+    assert abs(low) < 1
+    assert abs(high - 4) < 1
+
+
 @pytest.mark.parametrize("shape", [(2,), (3, 16, 16), (2, 3, 9, 8), (1, 8, 8), (4, 3)])
 @pytest.mark.parametrize("kind", ["none", "class", "text"])
 def test_the_network_reads_any_latent_and_the_model_s_condition(shape: tuple[int, ...], kind: str) -> None:
@@ -304,6 +322,89 @@ def test_a_saved_process_reward_is_used_as_it_is(tmp_path: Path) -> None:
     held = loop.run.roles.module(ROLE).state_dict()
     assert all(torch.equal(held[key], value) for key, value in network.state_dict().items())
     assert loop.run.ledger.nfe == 12 * 6
+
+
+def _saved(directory: Path, shape: tuple[int, ...], **settings: int) -> str:
+    save_pretrained(ProcessReward(shape, **settings), directory, {"shape": list(shape), **settings})
+    return str(directory)
+
+
+def _conditioned(condition: Callable[[Sequence[str]], Condition]) -> Task:
+    base = task()
+    return replace(base, model=replace(base.model, encode=condition))
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "message"),
+    [
+        ((3,), {"classes": 4}, r"shape \(3,\) and 4 classes.*shape \(2,\) and 4 classes"),
+        ((1, 2), {}, r"shape \(1, 2\).*shape \(2,\)"),  # as many numbers, which a perceptron would take
+        ((2,), {"classes": 3}, "3 classes.*4 classes"),  # class 3 would be read as the null label
+        ((2,), {"vector": 5}, "vectors of width 5.*4 classes"),
+    ],
+)
+def test_a_saved_process_reward_of_another_shape_or_condition_is_refused(
+    shape: tuple[int, ...], settings: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    on = _conditioned(lambda prompts: torch.arange(len(prompts)) % 4)
+    on = replace(on, prompts=["a", "b", "c", "d"])
+    with pytest.raises(UserError, match=message):
+        make_method("euphonium", on, **SMALL, process_reward=_saved(tmp_path, shape, **settings))
+
+
+@pytest.mark.parametrize(
+    ("condition", "settings", "message"),
+    [
+        (lambda n: {"vector": torch.ones(n, 4)}, {"vector": 5}, "width 5.*width 4"),
+        (lambda n: None, {"classes": 3}, "3 classes.*no class or vector"),
+        (lambda n: None, {"vector": 3}, "width 3.*no class or vector"),
+    ],
+)
+def test_a_saved_process_reward_that_reads_what_is_not_there_is_refused(
+    condition: Callable[[int], Condition], settings: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    on = _conditioned(lambda prompts: condition(len(prompts)))
+    with pytest.raises(UserError, match=message):
+        make_method("euphonium", on, **SMALL, process_reward=_saved(tmp_path, (2,), **settings))
+
+
+def test_a_saved_process_reward_may_know_more_classes_or_none_but_has_to_give_a_number(tmp_path: Path) -> None:
+    on = _conditioned(lambda prompts: torch.arange(len(prompts)) % 4)
+    for name, settings in (("more", {"classes": 9}), ("none", {})):
+        make_method("euphonium", on, **SMALL, process_reward=_saved(tmp_path / name, (2,), **settings))
+    network = ProcessReward((2,))
+    network.offset.fill_(torch.nan)
+    save_pretrained(network, tmp_path / "broken", {"shape": [2]})
+    with pytest.raises(UserError, match="not finite"):
+        make_method("euphonium", on, **SMALL, process_reward=str(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_the_fit_is_to_the_samples_of_all_processes_and_gathers_only_what_the_network_reads(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(prompts: Sequence[str]) -> Condition:
+        each = torch.arange(len(prompts)) % 3
+        text = {"vector": torch.ones(len(prompts), 5), "text": torch.ones(len(prompts), 7, 5), "keep": each > 0}
+        return each if kind == "class" else text
+
+    loop = loop_of("euphonium", _conditioned(encode), **SMALL)
+    gathered: list[Tensor] = []
+    fitted: list[tuple[Any, ...]] = []
+
+    def gather(*columns: Tensor) -> tuple[Tensor, ...]:
+        """As in a world of two, whose other process holds the same rows in reverse."""
+        gathered.extend(columns)
+        return tuple(torch.cat([column, column.flip(0)]) for column in columns)
+
+    monkeypatch.setattr(loop.run, "gather", gather)
+    monkeypatch.setattr("difftilt.training.process_reward.fit_process_reward", lambda *given, **_: fitted.append(given))
+    with torch.no_grad():
+        fit_to_base(loop.method.config, loop.run)  # type: ignore[attr-defined]
+    assert [tuple(column.shape) for column in gathered] == [(16, 2), (16,), (16,) if kind == "class" else (16, 5)]
+    ((_, _, *columns, _),) = fitted
+    for column, own in zip(columns, gathered, strict=True):
+        assert torch.equal(column, torch.cat([own, own.flip(0)]))
 
 
 def test_the_fit_is_counted_and_happens_once() -> None:
@@ -455,11 +556,75 @@ def test_one_iteration_on_shapes_keeps_the_clean_last_step_unguided() -> None:
         ({"guidance": 0.0, "distillation": Distillation(target="finite")}, "distillation.target"),
         ({"train_beside": True, "credit": "outcome", "guidance": 0.0}, "train_beside"),
         ({"process_reward": "/nowhere"}, "missing"),
+        ({"window": {"width": 2}, "guide_from": None}, "move or widen the window"),
+        ({"window": {"width": 2}, "guide_from": 4, "credit": "outcome"}, "move or widen the window"),
+        ({"window": {"width": 2}, "guide_from": 4, "guidance": 0.0}, "move or widen the window"),
+        # starts 0, 2 and 4: step 3 is in no window
+        (
+            {"window": {"width": 1, "motion": "sliding", "stride": 2}, "guide_from": 3, "guide_to": 4},
+            "in method.window",
+        ),
+        ({"guide_from": 5, "credit": "outcome"}, "never trained"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_remedy(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_method("euphonium", task(), **{**SMALL, **settings})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window": {"width": 1, "motion": "sliding", "stride": 2}, "guide_from": 2, "guide_to": 3},
+        {"window": {"width": 2, "high": 5}, "guide_from": 4},  # in one of its positions
+        {"window": {"width": 2}, "guide_from": 4, "guidance": 0.0, "credit": "outcome"},
+    ],
+)
+def test_a_window_that_meets_a_guided_step_or_needs_none_is_taken(settings: dict[str, Any]) -> None:
+    make_method("euphonium", task(), **{**SMALL, **settings})
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        Window(width=2),
+        Window(width=2, low=1, high=7),
+        Window(width=3, motion="sliding", every=2),
+        Window(width=1, motion="sliding", every=1, stride=3),
+        Window(width=2, motion="decay", every=3, stride=2),
+        Window(width=2, motion="exponential_decay", every=2),
+    ],
+)
+def test_the_reach_of_a_window_is_what_it_covers_in_all_iterations(window: Window) -> None:
+    starts = [window.start(10, iteration, Noise(0).at(iteration)) for iteration in range(200)]
+    covered = torch.stack([window_mask(10, start, window.width) for start in starts]).any(0)
+    assert torch.equal(window.reach(10), covered)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "running"])
+@pytest.mark.parametrize("settings", [{}, {"gradient": "spsa", "credit": "outcome"}, {"guidance": 0.0}])
+def test_a_reward_that_scales_every_batch_anew_is_refused(settings: dict[str, Any], scale: Normalisation) -> None:
+    base = task()
+    scaled = replace(base, reward=WeightedSum({"one": base.reward}, {"one": 1.0}, scale))
+    with pytest.raises(UserError, match=f"reward.normalise = {scale}.*weigh"):
+        make_method("euphonium", scaled, **{**SMALL, **settings})
+    make_method("euphonium", replace(base, reward=WeightedSum({"one": base.reward}, {"one": 1.0})), **SMALL)
+
+
+def test_a_reward_that_scales_every_batch_anew_is_taken_where_nothing_is_fitted_to_it(tmp_path: Path) -> None:
+    base = task()
+    scaled = replace(base, reward=WeightedSum({"one": base.reward}, {"one": 1.0}, "group"))
+    make_method("euphonium", scaled, **{**SMALL, "guidance": 0.0, "credit": "outcome"})
+    where = _saved(tmp_path, (2,))
+    make_method("euphonium", scaled, **SMALL, process_reward=where)
+    with pytest.raises(UserError, match="normalise"):
+        make_method("euphonium", scaled, **SMALL, process_reward=where, train_beside=True)
+
+
+def test_the_calls_of_the_process_reward_are_in_the_metrics() -> None:
+    rows = trained("euphonium", task(), 2, 1e-3, count=16, **SMALL).rows
+    guided, judged = 12 * 4, 12 * 3
+    assert [row["auxiliary_calls"] for row in rows] == [3 * 16 + guided + judged, guided + judged]
 
 
 def test_tokens_are_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from difftilt.checks.trial import loop_of, make_method, perturbed, trained, with_reward
+from difftilt.checks.trial import loop_of, make_method, perturbed, scatter, trained, with_reward
 from difftilt.credit.group import group_advantage
 from difftilt.errors import UserError
 from difftilt.leaves import load
@@ -26,6 +26,7 @@ from difftilt.testbeds.sequences import Sequences
 from difftilt.training.experience import Experience
 from difftilt.training.loop import Loop
 from difftilt.training.protocol import Task
+from training_runs import densities
 
 SMALL: dict[str, Any] = {"groups": 4, "group_size": 4}
 
@@ -36,7 +37,9 @@ def task(**changes: Any) -> Task:
 
 
 def collected(on: Task | None = None, **settings: Any) -> tuple[Loop, Experience]:
+    """Of weights that have left the reference, so that neither can stand in for the other."""
     loop = loop_of("g2rpo", on or task(), **{**SMALL, **settings})
+    scatter(loop, "current")
     with torch.no_grad():
         return loop, loop.method.collect(loop.run)
 
@@ -77,10 +80,25 @@ def test_the_noisy_step_is_drawn_and_scored_as_in_flow_grpo() -> None:
         prediction = loop.run.denoiser("current")(edges.x_t, edges.t, rows.condition)
     step = FlowSDE(0.7)(prediction, edges.x_t, edges.t, edges.s)
     assert torch.allclose(edges.mean, step.mean, atol=1e-6)
-    density = torch.distributions.Normal(step.mean, step.std[:, None]).log_prob(edges.x_s).mean(1)
-    assert torch.allclose(edges.log_prob, density, atol=1e-5)
+    assert torch.allclose(edges.log_prob, densities(loop, experience), atol=1e-5)
     grid = loop.run.task.sampler.grid.float()
     assert torch.equal(torch.stack([edges.t, edges.s]), torch.stack([grid[edges.step], grid[edges.step + 1]]))
+
+
+def test_anchors_follow_the_ode_of_the_current_weights() -> None:
+    loop, experience = collected(trained_steps=(0, 4, 8))
+    edges, grid = experience.edges, loop.run.task.sampler.grid.float()
+    first = (edges.step == 0).nonzero()[:, 0]
+    condition = experience.rows(first).condition
+    assert edges.x_t is not None
+    state = edges.x_t[first]
+    for place in range(9):
+        if place in (4, 8):
+            assert torch.allclose(edges.x_t[edges.step == place], state, atol=1e-5)
+        t = grid[place].expand(len(state))
+        with torch.no_grad():
+            velocity = as_gaussian(loop.run.denoiser("current")(state, t, condition)).velocity
+        state = state + (grid[place + 1] - t[:1]) * velocity
 
 
 def test_every_step_and_granularity_is_compared_apart_then_summed() -> None:
@@ -95,7 +113,7 @@ def test_every_step_and_granularity_is_compared_apart_then_summed() -> None:
     parts = [group_advantage(rewards, experience.group, ddof=1, eps=1e-8) for rewards in scored[:2]]
     assert torch.allclose(advantages(experience), parts[0] + parts[1], atol=1e-6)
     assert experience.rewards is not None
-    assert torch.equal(experience.rewards, scored[1])
+    assert torch.equal(experience.rewards, scored[0])  # of the finest completion
     assert torch.equal(experience.components["anchor/proof"], scored[2].repeat_interleave(20))
 
 
@@ -116,6 +134,19 @@ def test_samples_are_predictions_at_the_last_time_of_their_schedule(skip: int) -
                 prediction = as_gaussian(denoise(state, t, condition))
                 state, predicted = state + (grid[to] - t) * prediction.velocity, prediction.x0
         assert torch.allclose(experience.x_0[sample], predicted[0], atol=1e-5)
+
+
+def test_schedules_that_coincide_are_walked_and_scored_once_and_count_for_each() -> None:
+    loop, together = collected(trained_steps=(2, 8), granularities=(3, 1, 2))
+    assert loop.run.ledger.nfe == 4 * 10 + 16 * (7 + 4 + 3) + 16
+    assert loop.run.ledger.reward_calls == 4 + 16 * 3 + 16
+    apart = [advantages(collected(trained_steps=(2, 8), granularities=(skip,))[1]) for skip in (1, 2, 3)]
+    assert torch.allclose(advantages(together), torch.stack(apart).sum(0).clamp(-5, 5), atol=1e-5)
+    last = together.group % 2 == 1
+    assert torch.allclose(advantages(together)[last], (3 * apart[0][last]).clamp(-5, 5), atol=1e-5)
+    (loop, thrice), (_, once) = (collected(trained_steps=(8,), granularities=many) for many in ((1, 2, 3), (1,)))
+    assert loop.run.ledger.reward_calls == 4 + 16
+    assert torch.allclose(advantages(thrice), (3 * advantages(once)).clamp(-5, 5), atol=1e-5)
 
 
 def test_a_group_of_two_has_no_other_size_of_advantage() -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from difftilt.checks.gardo import hackable
-from difftilt.checks.trial import gradient, loop_of, make_method, perturbed, trained
+from difftilt.checks.trial import gradient, loop_of, make_method, perturbed, scatter, trained
 from difftilt.credit.diversity import nearest_distance
-from difftilt.credit.uncertainty import suspects, uncertainty
+from difftilt.credit.uncertainty import Fraction, suspects, uncertainty
 from difftilt.errors import UserError
 from difftilt.methods.policy_gradient.gardo import Config, GatedChain, GatedRegression, gardo
 from difftilt.rewards.base import as_reward
@@ -68,18 +68,6 @@ def gates(experience: Experience) -> Tensor:
     return torch.cat(own)
 
 
-def scatter(loop: Loop, *roles: str) -> None:
-    """Move the weights of every role by noise of its own."""
-    for place, role in enumerate(roles):
-        generator = torch.Generator().manual_seed(place + 1)
-        network = loop.run.roles.network(role)
-        assert isinstance(network, nn.Module)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    loop.run.roles.stepped("current")
-
-
 @pytest.mark.parametrize("settings", BASES)
 def test_edges_of_the_suspects_are_held_and_no_others(settings: dict[str, Any]) -> None:
     on = task()
@@ -90,6 +78,25 @@ def test_edges_of_the_suspects_are_held_and_no_others(settings: dict[str, Any]) 
     expected = suspects(uncertainty(proxy, auxiliary, scope), scope, 0.2)
     assert 1 <= int(expected.sum()) <= 3
     assert torch.equal(gates(experience).bool(), expected)
+
+
+@pytest.mark.parametrize("settings", BASES)
+@pytest.mark.parametrize(("seen", "factor", "share"), [(1e-9, 1.1, 0.14), (0.999, 0.9, 0.15)])
+def test_the_share_follows_the_doubt_of_a_batch_before_that_batch_is_gated(
+    settings: dict[str, Any], seen: float, factor: float, share: float
+) -> None:
+    on = task()
+    loop, gating = made({**settings, "groups": 4, "group_size": 12}, on)
+    gating.fraction = Fraction(share, seen=(seen,))
+    experience = collected(loop)
+    proxy, auxiliary = scored(experience, on)
+    scope = torch.zeros_like(experience.group)
+    doubt = uncertainty(proxy, auxiliary, scope)
+    before, after = (suspects(doubt, scope, value) for value in (share, factor * share))
+    assert not torch.equal(before, after)
+    assert torch.equal(gates(experience).bool(), after)
+    assert gating.fraction.value == pytest.approx(factor * share)
+    assert gating.fraction.seen == pytest.approx((seen, float(doubt[doubt >= 0].mean())))
 
 
 @pytest.mark.parametrize("settings", BASES)
@@ -205,6 +212,11 @@ def test_a_group_shares_its_start_by_default() -> None:
     assert bool((first == first[:, :1]).all())
 
 
+def weights(loop: Loop, role: str) -> Tensor:
+    """Copied, in one row."""
+    return torch.cat([value.flatten() for value in loop.run.roles.module(role).state_dict().values()])
+
+
 @pytest.mark.parametrize(
     ("limit", "steps", "expected"),
     [(1e-4, 3, [3, 6, 9]), (1e-4, None, [3]), (None, 4, [4, 8]), (1e-4, 4, [3, 7]), (None, None, [])],
@@ -214,6 +226,7 @@ def test_the_reference_is_replaced_when_it_is_far_or_old(
 ) -> None:
     loop, gating = made({**SMALL, "kl_limit": limit, "reset_steps": steps})
     found: list[int] = []
+    base = weights(loop, "reference")
     for update, kl in enumerate((0.0, 0.5e-4, 2e-4, 0.0, 0.0, 0.0, 1e-4, 0.0, 0.0), start=1):
         scatter(loop, "current")
         before = gating.resets
@@ -221,10 +234,10 @@ def test_the_reference_is_replaced_when_it_is_far_or_old(
         if gating.resets > before:
             found.append(update)
             assert loop.run.roles.same("anchor", "current")
-            mine, theirs = (loop.run.roles.module(role).state_dict() for role in ("anchor", "current"))
-            assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+            assert torch.equal(weights(loop, "anchor"), weights(loop, "current"))
         else:
             assert not loop.run.roles.same("anchor", "current")
+        assert torch.equal(weights(loop, "reference"), base)
     assert found == expected
     assert gating.resets == len(expected)
 
@@ -258,7 +271,12 @@ def test_a_run_resets_counts_adapts_and_keeps_drift_to_the_first_weights(setting
     result = trained("gardo", task(), 5, 1e-2, count=16, **{**settings, **changes})
     assert [row["resets"] for row in result.rows] == [0, 0, 1, 1, 2]
     assert [row["loss/kl"] == 0 for row in result.rows] == [True, False, True, False, True]
-    assert result.rows[2]["kl_reference"] > 0
+    drift = [row["kl_reference"] for row in result.rows]
+    assert min(drift) > 0  # also in iterations 1 and 3, whose last update reset the anchor
+    assert drift[4] > drift[0]
+    base, kept = task().model.network, result.run.roles.module("reference").state_dict()
+    assert isinstance(base, nn.Module)
+    assert all(torch.equal(value, kept[name]) for name, value in base.state_dict().items())
     assert len({row["gate_share"] for row in result.rows}) > 1
     assert all(0 < row["gated"] < 0.5 for row in result.rows)
     assert all(row["doubt"] > 0 for row in result.rows)
@@ -354,6 +372,8 @@ def test_one_iteration_on_shapes() -> None:
     [
         ({"auxiliary": ()}, "true, nearness|nearness, true"),
         ({"auxiliary": ("nearnes",)}, "did you mean nearness"),
+        ({"auxiliary": ("nearnes",), "kl_weight": 0.0}, "did you mean nearness"),
+        ({"auxiliary": ("nearnes",), "gate": "all"}, "did you mean nearness"),
         ({"nft": {}}, "diffusion-nft"),
         ({"base": "diffusion-nft"}, "share_start"),
         ({"base": "diffusion-nft", "share_start": False, "kernel": "cps"}, "method.kernel"),

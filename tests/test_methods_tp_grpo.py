@@ -1,5 +1,7 @@
 """TP-GRPO: gains of ODE completions of the very same noise, turning points, balancing, compared step by step."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -8,15 +10,13 @@ from torch import Tensor
 
 from chains import SMALL, by_hand, collected, standardised, table, task
 from difftilt.checks.trial import loop_of, make_method, trained
-from difftilt.credit.gains import gains, turning_points
+from difftilt.credit.gains import turning_points
 from difftilt.errors import UserError
 from difftilt.methods.policy_gradient.tp_grpo import TPGRPO, Config
-from difftilt.sampling.presets import cps
-from difftilt.sampling.protocol import Observe, Trajectory
 from difftilt.testbeds.digits import Digits
 from difftilt.testbeds.shapes import Shapes
-from difftilt.training.completions import score_along
 from difftilt.training.policy_gradient import Window
+from difftilt.training.world import World
 
 WINDOW = Window(width=4, motion="sliding", every=1)
 
@@ -62,28 +62,6 @@ def test_a_window_is_credited_by_the_states_inside_it_and_the_sample() -> None:
     assert torch.allclose(table(experience).double(), standardised(values, 4), atol=2e-3)
 
 
-@pytest.mark.parametrize("window", [None, WINDOW])
-def test_without_noise_every_gain_is_exactly_zero(window: Window | None) -> None:
-    """R_0 is paired with the sample: both begin with the same noise, so without step noise they are the same."""
-    loop = loop_of("tp-grpo", task(), window=window, **SMALL)
-    method, run = loop.method, loop.run
-    assert isinstance(method, TPGRPO)
-    run.begin(1)
-    batch = run.prompts(4, 4)
-
-    def roll(observe: Observe) -> Trajectory:
-        return method.roll(run, batch, observe=observe)
-
-    found: dict[float, Tensor] = {}
-    for level in (0.0, 0.7):
-        method.preset = cps(level)
-        with torch.no_grad():
-            stochastic = method.plan(run.iteration, run.noise).stochastic
-            found[level] = gains(score_along(run, batch, roll, method.grid, stochastic).rewards)
-    assert not bool(found[0.0].any())
-    assert bool(found[0.7].all())
-
-
 @pytest.mark.parametrize(
     ("settings", "nfe", "rewards"),
     [
@@ -104,6 +82,38 @@ def test_balancing_looks_at_the_whole_batch_and_is_a_switch() -> None:
         method = make_method("tp-grpo", task(), balance=balance, **SMALL)
         assert isinstance(method, TPGRPO)
         assert method.credit(rewards)[:, 0].tolist() == pytest.approx(first)
+
+
+@dataclass(frozen=True)
+class Half(World):
+    """One of two processes in one: credit sees its columns after those of ``before`` or before those of ``after``."""
+
+    before: tuple[Tensor, ...] = ()
+    after: tuple[Tensor, ...] = ()
+    seen: list[tuple[Tensor, ...]] = field(default_factory=list[tuple[Tensor, ...]])
+
+    def jointly(self, function: Callable[..., Any], *columns: Tensor) -> Any:
+        self.seen.append(columns)
+        parts = [part for part in (self.before, columns, self.after) if part]
+        start = len(self.before[0]) if self.before else 0
+        return function(*(torch.cat(column) for column in zip(*parts, strict=True)))[start : start + len(columns[0])]
+
+
+def test_turning_points_are_balanced_and_compared_over_all_processes() -> None:
+    def advantages(world: World) -> Tensor:
+        loop = loop_of("tp-grpo", task(classes=4), kernel="flow_sde", **SMALL)
+        loop.run.world = world
+        with torch.no_grad():
+            return table(loop.method.collect(loop.run))
+
+    alone = [Half(rank, 2) for rank in (0, 1)]
+    apart = torch.cat([advantages(world) for world in alone])
+    ((first,), (second,)) = (world.seen for world in alone)
+    joint = torch.cat([advantages(Half(0, 2, after=second)), advantages(Half(1, 2, before=first))])
+    whole = advantages(World())
+    assert torch.allclose(joint, whole, atol=1e-4)
+    # what each process would balance on its own is something else
+    assert float((apart - whole).abs().max()) > 0.1
 
 
 def test_switches_reach_the_credit() -> None:

@@ -9,8 +9,10 @@ from torch import Tensor
 from difftilt.models.denoiser import NetworkDenoiser
 from difftilt.models.ledger import Ledger
 from difftilt.models.mixture import GaussianMixture, MixtureVelocity
+from difftilt.models.protocol import Stateful
 from difftilt.process import RectifiedFlow, uniform_grid
 from difftilt.process.gaussian import as_gaussian
+from difftilt.process.protocol import Condition
 from difftilt.sampling.completion import ODE, Ahead, Granularity, Start, Strides, complete, remaining
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.presets import flow_sde
@@ -97,3 +99,27 @@ def test_one_stride_is_the_prediction_and_all_strides_are_the_grid() -> None:
     x = noises(4)
     (done,) = complete(denoise(), [start(x, Strides(1)(GRID, 0))])
     assert torch.allclose(done, as_gaussian(denoise()(x, torch.ones(4), None)).x0, atol=1e-6)
+
+
+class Counting:
+    """Velocity that grows with the number of evaluations of its trajectory."""
+
+    def prepare(self, x_t: Tensor, t: Tensor, condition: Condition) -> Stateful:
+        state = condition.state + 1 if isinstance(condition, Stateful) else torch.ones(len(x_t))
+        return Stateful(None, state)
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        assert isinstance(condition, Stateful)
+        return x_t * condition.state[:, None]
+
+
+@torch.no_grad()
+def test_a_model_with_state_of_its_own_completes_as_each_would_alone() -> None:
+    x, model = noises(4), NetworkDenoiser(Counting(), PROCESS, "velocity", Ledger(), forward_batch=16)
+    together = complete(model, [start(x, GRID[1:]), start(x, GRID[6:])])
+    alone = [complete(model, [start(x, GRID[first:])])[0] for first in (1, 6)]
+    assert torch.equal(together[0], alone[0])
+    assert torch.equal(together[1], alone[1])
+    plan, index = Plan(first=torch.tensor([0, 0, 5, 5])), torch.arange(4)
+    with pytest.raises(ValueError, match="state"):
+        rollout(model, ODE, GRID, x, None, noise=NOISE, index=index, plan=plan)

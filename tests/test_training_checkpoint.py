@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from difftilt.training.checkpoint import (
     save_checkpoint,
 )
 from difftilt.training.logs import append_row, read_rows, truncate_rows
+from difftilt.training.loop import TrainResult, train_task
+from difftilt.training.protocol import Method
+from training_runs import CASES, METHODS, make_case, make_config, make_task, steady, without_pictures
 
 STATE = {"iteration": 3, "steps": {"current": 6}}
 
@@ -220,3 +224,26 @@ def test_metrics_with_rows_missing_are_told(tmp_path: Path) -> None:
     for wanted in (path, tmp_path / "gone.jsonl"):
         with pytest.raises(UserError, match="one row for each of the 3"):
             truncate_rows(wanted, 3)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in METHODS])
+def test_a_resumed_run_of_every_method_ends_in_the_same_bits(name: str, tmp_path: Path) -> None:
+    def run(directory: Path, resume: bool = False) -> tuple[TrainResult, Method]:
+        task = make_task()
+        method, config = make_case(name, task), make_config(iterations=3, checkpoint_every=1)
+        return train_task(task, method, config, directory, laws=("ratio_one",), resume=resume), method
+
+    with without_pictures():
+        whole, uninterrupted = run(tmp_path / "whole")
+        # as a run is left that was ended in its third iteration
+        shutil.copytree(tmp_path / "whole", tmp_path / "parts", symlinks=True)
+        shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step_3")
+        (tmp_path / "parts" / "checkpoints" / "latest").unlink()
+        parts, resumed = run(tmp_path / "parts", resume=True)
+    for one, other in ((whole.run.roles, parts.run.roles), (uninterrupted, resumed)):
+        mine, theirs = one.state_dict(), other.state_dict()
+        assert mine.keys() == theirs.keys()
+        assert [key for key in mine if not same_bits(mine[key], theirs[key])] == []
+    assert steady(parts.rows) == steady(whole.rows)
+    moved = whole.run.roles.state_dict()
+    assert any(not torch.equal(moved[key], moved[key.replace("current/", "reference/")]) for key in moved)

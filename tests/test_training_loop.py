@@ -36,6 +36,7 @@ ALWAYS = {
     "nfe",
     "reward_calls",
     "gradient_passes",
+    "auxiliary_calls",
     "time/rollout",
     "time/reward",
     "time/update",

@@ -4,9 +4,9 @@ Usage: two_processes.py DIRECTORY PROCESSES
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +22,17 @@ from difftilt.training.experience import Experience
 from difftilt.training.loop import assemble, train_task
 from difftilt.training.protocol import Loss, Method, Phase, Run, Task, Term
 from difftilt.training.world import World, join_world
-from training_runs import METHODS, gradient, make_config, make_experience, make_method, make_task
+from training_runs import (
+    CASES,
+    METHODS,
+    gradient,
+    make_case,
+    make_config,
+    make_experience,
+    make_method,
+    make_task,
+    without_pictures,
+)
 
 ITERATIONS = 2
 
@@ -39,11 +49,12 @@ def first_iteration(method: Method, task: Task, world: World) -> dict[str, Tenso
     loop.run.begin(0)
     with torch.no_grad():
         experience = method.collect(loop.run)
-    credit = experience.label if experience.edges.advantage is None else experience.edges.advantage[:, 0]
+    per_edge, per_sample = experience.edges.advantage, experience.label
+    credit = per_sample if per_edge is None else per_edge
     assert credit is not None
     assert experience.x_0 is not None
     assert experience.rewards is not None
-    owner = experience.index[experience.edges.sample] if len(credit) != len(experience.index) else experience.index
+    owner = experience.index if per_edge is None else experience.index[experience.edges.sample]
     names = ("x_0", "rewards", "group", "prompt", "credit", "owner")
     columns = (experience.x_0, experience.rewards, experience.group, experience.prompt, credit, owner)
     found = {name: world.gather(column) for name, column in zip(names, columns, strict=True)}
@@ -99,18 +110,19 @@ def main(directory: Path, processes: int) -> None:
     world = join_world()
     assert world.size == processes, f"{processes} processes asked for, {world.size} are there"
     found: dict[str, Tensor] = {}
-    for name in METHODS:
-        settings: dict[str, Any] = {"advantage": "history", "history": 16} if name == "flow-grpo" else {}
+    for name in CASES:
         task = task_of(name)
-        first = first_iteration(make_method(name, task, updates=2, **settings), task, world)
+        first = first_iteration(make_case(name, task), task, world)
         found |= {f"{name}/{key}": value for key, value in first.items()}
         task = task_of(name)
-        method = make_method(name, task, updates=2, **settings)
+        method = make_case(name, task)
         own = directory / name / f"rank{world.rank}"
         config = make_config(iterations=ITERATIONS, checkpoint_every=2, evaluate_every=2)
-        result = train_task(task, method, config, own, laws=("ratio_one",), world=world)
+        with nullcontext() if name in METHODS else without_pictures():
+            result = train_task(task, method, config, own, laws=("ratio_one",), world=world)
         weights = result.run.roles.state_dict()
         found |= {f"{name}/weights/{key}": value for key, value in weights.items()}
+        found |= {f"{name}/state/{key}": value for key, value in method.state_dict().items()}
         same = [world.gather(value[None]) for value in weights.values()]
         assert all(torch.equal(part, part[:1].expand_as(part)) for part in same), "processes hold different weights"
     found |= uneven(world)

@@ -13,9 +13,11 @@ from difftilt.leaves import nearest
 
 
 class Config(BaseModel):
-    """Base of every configuration. Subclasses are frozen; a misspelt key is an error."""
+    """Base of every configuration. Subclasses are frozen; a misspelt key is an error, and so is an infinite number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
 
 
 C = TypeVar("C", bound=Config)

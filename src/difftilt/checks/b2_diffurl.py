@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from difftilt.checks.attribution import explained
 from difftilt.checks.flow_grpo import WIDTH, closed_chain
 from difftilt.checks.proof import Proof
 from difftilt.checks.trial import loop_of, make_method, perturbed, with_reward
@@ -80,24 +81,20 @@ def closed_form_gap(length: int) -> float:
     return float((inside.mean() - expected).abs() / (expected * (2 / (GROUPS * (SIZE - 1))) ** 0.5))
 
 
-def explained(length: int, step: int) -> float:
+def own_noise(length: int, step: int) -> float:
     """Share of the variance within groups that the noise of one step explains by linear regression; chance is 2/11."""
     rewards, noise = _groups(0.7, length)
-    drawn = noise[step].double().reshape(GROUPS, SIZE, 2)
-    drawn = drawn - drawn.mean(1, keepdim=True)
-    centred = (rewards - rewards.mean(1, keepdim=True))[..., None]
-    fit = drawn @ torch.linalg.lstsq(drawn, centred).solution
-    return float((fit.square().sum((1, 2)) / centred.square().sum((1, 2))).mean())
+    return explained(rewards, noise[step].reshape(GROUPS, SIZE, 2))
 
 
 def branch_share(length: int) -> float:
-    """Mean of :func:`explained` over the first three steps of the interval."""
-    return sum(explained(length, STEPS - length + step) for step in range(3)) / 3
+    """Mean of :func:`own_noise` over the first three steps of the interval."""
+    return sum(own_noise(length, STEPS - length + step) for step in range(3)) / 3
 
 
 def chain_share() -> float:
     """The same of independent chains, at the same steps as for the interval of 6."""
-    return sum(explained(0, STEPS - 6 + step) for step in range(3)) / 3
+    return sum(own_noise(0, STEPS - 6 + step) for step in range(3)) / 3
 
 
 def frozen_prefix() -> float:

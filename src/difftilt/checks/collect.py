@@ -10,7 +10,7 @@ from difftilt.checks.proof import Proof, Result, run_proof
 from difftilt.errors import UserError
 from difftilt.leaves import cards, nearest
 
-_PARTS = {"__init__", "proof", "collect", "trial"}
+_PARTS = {"__init__", "proof", "collect", "trial", "attribution", "calibration"}
 """Modules of this package that are no slug."""
 
 

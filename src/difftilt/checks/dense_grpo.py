@@ -8,20 +8,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from difftilt.checks.attribution import chance, cosine, explained, gradient_at, signal_to_noise, unrelated
+from difftilt.checks.calibration import calibrated, coin_drift, growth_spread, worst_imbalance
 from difftilt.checks.proof import Proof
-from difftilt.checks.trial import loop_of, trained, with_reward
+from difftilt.checks.trial import loop_of, trained
 from difftilt.credit.gains import gains
 from difftilt.process.gaussian import RectifiedFlow
 from difftilt.process.grid import uniform_grid
-from difftilt.rewards.protocol import Samples
 from difftilt.sampling.completion import Schedule, Strides, remaining
 from difftilt.sampling.kernels import StepwiseSDE
 from difftilt.sampling.rollout import start_state
 from difftilt.sampling.solvers import EulerSolver
 from difftilt.statistics.folds import distinct
 from difftilt.testbeds.mixtures import Config as MixturesConfig
-from difftilt.testbeds.mixtures import Mixtures, ring
-from difftilt.training.calibration import adjusted, count_signs
+from difftilt.testbeds.mixtures import Mixtures
 from difftilt.training.completions import ScoredChains, score_along
 from difftilt.training.loop import Loop
 from difftilt.training.policy_gradient import ChainPolicyGradient
@@ -63,13 +63,6 @@ def telescoping() -> float:
     return float((gains(chains.rewards).sum(1) - (end - ode[chains.batch.group])).abs().max())
 
 
-def explained(credit: Float[Tensor, "groups size"], noise: Float[Tensor, "groups size dim"]) -> float:
-    """Mean over groups of the share of the variance of the credit that is linear in the noise."""
-    y, x = (credit - credit.mean(1, keepdim=True)).double(), (noise - noise.mean(1, keepdim=True)).double()
-    fit = (x @ torch.linalg.lstsq(x, y[..., None]).solution)[..., 0]
-    return float((fit.square().sum(1) / y.square().sum(1)).mean())
-
-
 @cache
 def attribution(kind: str) -> tuple[float, ...]:
     """R² of every trained step's credit in its own noise; ``chance`` takes the noise of other samples."""
@@ -82,8 +75,7 @@ def attribution(kind: str) -> tuple[float, ...]:
     shares: list[float] = []
     for step in range(STEPS - 1):
         noise = (edges.x_s - edges.mean)[edges.step == step].reshape(64, GROUP, 2)
-        noise = noise.roll(1, 1) if kind == "chance" else noise
-        shares.append(explained(credit[..., step], noise))
+        shares.append(explained(credit[..., step], unrelated(noise) if kind == "chance" else noise))
     return tuple(shares)
 
 
@@ -97,37 +89,7 @@ def gradients(name: str, count: int = 32) -> Float[Tensor, "count parameters"]:
     """Gradients of independent iterations at the base weights: 4 groups of 24."""
     more = {} if name == "flow-grpo" else UNCALIBRATED
     loop = loop_of(name, ring_task(), 1024, **FREE, groups=4, group_size=GROUP, share_start=True, **more)
-    return torch.stack([_gradient(loop, iteration) for iteration in range(count)])
-
-
-def _gradient(loop: Loop, iteration: int) -> Tensor:
-    loop.run.begin(iteration)
-    loop.updater.fresh = True
-    with torch.no_grad():
-        experience = loop.method.collect(loop.run)
-    (phase,) = loop.method.phases(loop.run)
-    loop.updater.run_phase(phase, experience, loop.run.noise)
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in loop.run.roles.parameters("current")]
-    return torch.cat([part.reshape(-1) for part in parts]).double()
-
-
-def _inner(one: Tensor, other: Tensor) -> float:
-    """Mean of <g, g'> over pairs of different iterations: the noise of an iteration is in no pair twice."""
-    pairs = one @ other.T
-    return float((pairs.sum() - pairs.diagonal().sum()) / (len(one) * (len(one) - 1)))
-
-
-def signal_to_noise(name: str) -> float:
-    """Squared mean over variance of the gradient of an iteration."""
-    g = gradients(name)
-    signal = _inner(g, g)
-    return signal / (float(g.square().sum(1).mean()) - signal)
-
-
-def cosine() -> float:
-    """Between the expected gradients of gains and of terminal rewards, without the bias of their noise."""
-    dense, terminal = gradients("dense-grpo"), gradients("flow-grpo")
-    return _inner(dense, terminal) / (_inner(dense, dense) * _inner(terminal, terminal)) ** 0.5
+    return torch.stack([gradient_at(loop, iteration) for iteration in range(count)])
 
 
 @cache
@@ -139,44 +101,6 @@ def learnt(name: str, iterations: int, repeats: int = 6, **settings: Any) -> flo
         run = trained(name, ring_task(), iterations, 1e-3, seed=seed, groups=1, group_size=8, **FREE, **more)
         total += run.after["reward"]
     return total / repeats
-
-
-def nearest_mode(samples: Samples) -> Tensor:
-    """Minus the distance to the nearest mode: late noise can only hurt."""
-    return -torch.cdist(samples.media, ring(8, 2.0, 2)).amin(1)
-
-
-@cache
-def calibrated(**settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(first rates, calibrated rates, signs of the last round) under :func:`nearest_mode`."""
-    common: dict[str, Any] = {
-        "calibration_rounds": 60,
-        "calibration_samples": 128,
-        "calibration_tolerance": 0.25,
-        "calibration_change": 0.1,
-    }
-    loop = loop_of(
-        "dense-grpo", with_reward(ring_task(), nearest_mode), 1024, groups=1, group_size=4, **{**common, **settings}
-    )
-    with torch.no_grad():
-        loop.method.collect(loop.run)
-    state = loop.method.state_dict()
-    grid = loop.run.task.sampler.grid
-    t = torch.where(grid[:-1] == 1, grid[1:], grid[:-1])
-    return 0.7 * (grid[:-1] / (1 - t)).sqrt(), state["psi"], state["signs"]
-
-
-def positive_share(**settings: Any) -> Float[Tensor, " steps"]:
-    """Share of positive gains of every trained step, ties left out, in the last round."""
-    signs = calibrated(**settings)[2][:-1].double()
-    return signs[:, 0] / signs[:, :2].sum(1)
-
-
-def growth_spread() -> float:
-    """Largest over smallest growth of a rate by calibration."""
-    first, rates, _ = calibrated()
-    growth = (rates / first)[:-1]
-    return float(growth.max() / growth.min())
 
 
 def final_variance(steps: int, width: float = 0.5) -> float:
@@ -199,18 +123,7 @@ def spearman(schedule: Schedule, state: int) -> float:
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def coin_drift(tolerance: float, size: int = 24, rounds: int = 200) -> float:
-    """Mean change per round, in units of the change, of the rates of 200 steps whose gains are fair coins."""
-    generator = torch.Generator().manual_seed(0)
-    rates = torch.zeros(200, dtype=torch.float64)
-    for _ in range(rounds):
-        coins = torch.randint(0, 2, (size, 200), generator=generator) * 2.0 - 1
-        rates = adjusted(rates, count_signs(coins), tolerance, 1.0)
-    return float(rates.mean()) / rounds
-
-
-CHANCE = 2 / (GROUP - 1)
-"""Expected R² of two regressors that mean nothing."""
+CHANCE = chance(GROUP, 2)
 
 PROOFS = (
     Proof(
@@ -246,11 +159,16 @@ PROOFS = (
     ),
     Proof(
         "signal to noise of the gradient over that of flow-grpo, at the base weights, 4 groups of 24",
-        lambda: signal_to_noise("dense-grpo") / signal_to_noise("flow-grpo"),
+        lambda: signal_to_noise(gradients("dense-grpo")) / signal_to_noise(gradients("flow-grpo")),
         at_least=1.5,
         long=True,
     ),
-    Proof("and both point the same way: cosine of the expected gradients", cosine, at_least=0.95, long=True),
+    Proof(
+        "and both point the same way: cosine of the expected gradients",
+        lambda: cosine(gradients("dense-grpo"), gradients("flow-grpo")),
+        at_least=0.95,
+        long=True,
+    ),
     Proof(
         "one group of 8 per update: reward after 60 updates less that of flow-grpo, mean of 3 seeds; spread 0.1",
         lambda: learnt("dense-grpo", 60, 3, **UNCALIBRATED) - learnt("flow-grpo", 60, 3),
@@ -264,21 +182,33 @@ PROOFS = (
         at_most=2.2,
     ),
     Proof(
-        "calibrated until late noise hurts: smallest share of positive gains, 0.375 tolerated, less 3 standard errors",
-        lambda: float(positive_share().min()),
-        at_least=0.375 - 0.13,
+        "calibrated under guidance 3: of nine steps, those that stop below nine tenths of their largest rate",
+        lambda: float(calibrated(True).below.sum()),
+        at_least=3.0,
         long=True,
     ),
     Proof(
-        "and no step is left quiet: largest share of positive gains",
-        lambda: float(positive_share().max()),
-        at_most=0.625 + 0.13,
+        "largest imbalance of new chains under these rates: 0.25 tolerated, and 3 standard errors",
+        worst_imbalance,
+        at_most=0.25 + 3 / 1024**0.5,
         long=True,
     ),
     Proof(
-        "the calibrated rates are no multiple of the first: largest over smallest growth",
+        "growth of the rates of those steps is no common factor: largest over smallest",
         growth_spread,
         at_least=1.5,
+        long=True,
+    ),
+    Proof(
+        "ablation, every round measured under the first rates: steps below nine tenths of their largest rate",
+        lambda: float(calibrated(False).below.sum()),
+        at_most=0.0,
+        long=True,
+    ),
+    Proof(
+        "and the imbalance that this leaves",
+        lambda: worst_imbalance(False),
+        at_least=0.5,
         long=True,
     ),
     Proof(

@@ -30,7 +30,8 @@ from difftilt.testbeds.mixtures import Config as MixturesConfig
 from difftilt.testbeds.mixtures import Mixtures
 from difftilt.training.config import OptimizerConfig, TrainingConfig
 from difftilt.training.guided import Distillation
-from difftilt.training.loop import TrainResult, train_task
+from difftilt.training.loop import train_task
+from difftilt.training.protocol import Task
 from difftilt.values.process_reward import Strength
 
 DATA = GaussianData(0.0, 1.0)
@@ -179,37 +180,25 @@ class _Exact(nn.Module):
         return slope_of_value(t) * x_t[:, 0]
 
 
-def _train(method: Euphonium, task: Any, iterations: int, lr: float, seed: int = 0, count: int = 2048) -> TrainResult:
+def _trained(task: Task, network: nn.Module | None, iterations: int, lr: float, count: int, **settings: Any) -> float:
+    """Reward of the ODE's samples after training, with another process reward if one is given."""
+    method = make_method("euphonium", task, ema=0.0, **settings)
+    assert isinstance(method, Euphonium)
+    method.network = network or method.network
     optimizer = OptimizerConfig(lr=lr, weight_decay=0.0)
     config = TrainingConfig(
-        iterations=iterations,
-        forward_batch=128,
-        evaluate_every=0,
-        evaluation_samples=count,
-        optimizer=optimizer,
-        seed=seed,
+        iterations=iterations, forward_batch=128, evaluate_every=0, evaluation_samples=count, optimizer=optimizer
     )
-    return train_task(task, method, config, None)
+    return train_task(task, method, config, None).after["reward"]
 
 
 def distilled_reward(updates: int = 100) -> float:
     """Mean of the ODE's samples, without the process reward, after distilling the limit target at β = 1."""
     task = Mixtures(MixturesConfig(means=((0.0,),), std=1.0, reward="linear", steps=20, shift=1.0)).task()
-    settings: dict[str, Any] = {
-        "groups": 1,
-        "group_size": 128,
-        "share_start": False,
-        "guidance": "kl",
-        "temperature": 1.0,
-        "guide_from": 0,
-        "credit": "outcome",
-        "ema": 0.0,
-        "distillation": Distillation(alone=True),
-    }
-    method = make_method("euphonium", task, **settings)
-    assert isinstance(method, Euphonium)
-    method.network = _Exact()
-    return _train(method, task, updates, 3e-3).after["reward"]
+    rollouts: dict[str, Any] = {"groups": 1, "group_size": 128, "share_start": False, "credit": "outcome"}
+    guidance: dict[str, Any] = {"guidance": "kl", "temperature": 1.0, "guide_from": 0}
+    only = Distillation(alone=True)
+    return _trained(task, _Exact(), updates, 3e-3, 2048, distillation=only, **rollouts, **guidance)
 
 
 class _Bumped(ProcessReward):
@@ -231,7 +220,6 @@ RING: dict[str, Any] = {
     "guide_from": 0,
     "clip_range": 0.2,
     "updates": 1,
-    "ema": 0.0,
     "step_fraction": 1.0,
 }
 
@@ -239,12 +227,9 @@ RING: dict[str, Any] = {
 @cache
 def ring(credit: str, hacked: bool = False) -> float:
     """Reward of the ODE's samples after 60 iterations of 2 groups of 8 on the ring, without guidance; -2.49 before."""
+    network = _Bumped((2,)) if hacked else None
     task = Mixtures(MixturesConfig()).task()
-    method = make_method("euphonium", task, **RING, groups=2, guidance=0.0, credit=credit)
-    assert isinstance(method, Euphonium)
-    if hacked:
-        method.network = _Bumped((2,))
-    return _train(method, task, 60, 1e-3, count=512).after["reward"]
+    return _trained(task, network, 60, 1e-3, 512, **RING, groups=2, guidance=0.0, credit=credit)
 
 
 def slowest_credit() -> float:
@@ -279,34 +264,13 @@ PROOFS = (
     Proof("at eta 4 guidance reaches the tilted law N(1/beta, 1): largest error", guidance_limit, at_most=0.02),
     Proof("the guided mean rises with eta: smallest rise", slowest_rise, at_least=1e-3),
     Proof("without guidance the mean stays at 0", unguided_mean, at_most=1e-12),
-    Proof(
-        "the limit of distillation is the tilted law: largest error, 400 steps", lambda: limit_gap(400), at_most=2 / 400
-    ),
+    Proof("distilling the limit, 400 steps, is the tilted law: largest error", lambda: limit_gap(400), at_most=2 / 400),
     Proof("the finite target against its closed form, largest gap, 400 steps", finite_gap, at_most=1 / 400),
     Proof("distilling the guidance of eta 0.25 reaches a small share of the tilt only", finite_share, at_most=0.05),
-    Proof(
-        "a step of the finite target has the guided mean, for 4 kernels and 3 processes: largest gap",
-        same_mean_gap,
-        at_most=1e-12,
-    ),
-    Proof(
-        "guidance raises the reward of rollouts before any update, in standard errors over 32 groups",
-        guided_rise,
-        at_least=3,
-    ),
-    Proof(
-        "after distillation the ODE alone has the tilted mean 1",
-        distilled_reward,
-        at_least=0.9,
-        at_most=1.1,
-        long=True,
-    ),
-    Proof(
-        "outcome, process and both climb the ring in groups of 8 from -2.49: the lowest reward",
-        slowest_credit,
-        at_least=-1.6,
-        long=True,
-    ),
+    Proof("a step of the finite target has the guided mean: gap, 4 kernels, 3 processes", same_mean_gap, at_most=1e-12),
+    Proof("rollouts' rise of reward by guidance before any update, in standard errors", guided_rise, at_least=3),
+    Proof("after distillation the ODE alone has mean 1", distilled_reward, at_least=0.9, at_most=1.1, long=True),
+    Proof("the three credits climb the ring from -2.49: lowest reward", slowest_credit, at_least=-1.6, long=True),
     Proof(
         "a false bump in the process reward is followed where it alone is trained on: the reward stays low",
         lambda: ring("process", hacked=True),

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from difftilt.checks.attribution import explained, unrelated
 from difftilt.checks.proof import Proof
 from difftilt.checks.trial import gradient, loop_of, make_method, perturbed, trained, with_reward
 from difftilt.rewards.protocol import Samples
@@ -55,17 +56,19 @@ def identity_gap(step: int) -> float:
 def cost_gap(trained_steps: tuple[int, ...], granularities: tuple[int, ...]) -> float:
     """Largest gap of an iteration's evaluations, gradient passes, rewards and updates to the count.
 
-    Evaluations are prompts·(T + Σ_k G·Σ_n ceil((T - k - 1)/n)).
+    Evaluations are prompts·(T + Σ_k G·Σ_n ceil((T - k - 1)/n)); granularities n of at least T - k - 1 are one schedule,
+    counted once.
     """
     loop = loop_of("g2rpo", _moved(), trained_steps=trained_steps, granularities=granularities, **SMALL)
     loop.iterate(0)
-    left = sum(-(-(STEPS - k - 1) // n) for k in trained_steps for n in granularities)
-    samples = len(trained_steps) * SMALL["group_size"]
+    ends = [{(k, min(n, STEPS - k - 1)) for n in granularities} for k in trained_steps]
+    left = sum(-(-(STEPS - k - 1) // n) for different in ends for k, n in different)
+    views = SMALL["group_size"] * sum(len(different) for different in ends)
     row, prompts = loop.rows[0], SMALL["groups"]
     gaps = (
         row["nfe"] - prompts * (STEPS + SMALL["group_size"] * left),
         row["gradient_passes"] - prompts * len(trained_steps),
-        row["reward_calls"] - prompts * (samples * len(granularities) + 1),
+        row["reward_calls"] - prompts * (views + 1),
         row["updates"] - len(trained_steps),
     )
     return max(abs(gap) for gap in gaps)
@@ -154,20 +157,16 @@ def attribution(scheme: str) -> Float[Tensor, " steps"]:
     edges = experience.edges
     noise = loop.run.noise.normal(experience.index[edges.sample], (2,), purpose="step", step=edges.step)
     group = experience.group[edges.sample]
-    return torch.stack([_explained(edges, noise, group, step, scheme == "shuffled") for step in MEASURED])
+    return torch.tensor([_own_noise(edges, noise, group, step, scheme == "shuffled") for step in MEASURED])
 
 
-def _explained(edges: Edges, noise: Tensor, group: Tensor, step: int, shuffle: bool) -> Float[Tensor, ""]:
-    """Share of the variance within groups that the fit explains, at one step."""
+def _own_noise(edges: Edges, noise: Tensor, group: Tensor, step: int, shuffle: bool) -> float:
+    """The fit at one step, in groups of 24."""
     assert edges.advantage is not None
     rows = (edges.step == step).nonzero()[:, 0]
     rows = rows[group[rows].argsort(stable=True)]
-    z, advantage = noise[rows].double().reshape(-1, 24, 2), edges.advantage[rows, 0].double().reshape(-1, 24)
-    if shuffle:  # each member with the noise of the next: what two regressors explain of unrelated numbers
-        z = z.roll(1, 1)
-    z, advantage = z - z.mean(1, keepdim=True), advantage - advantage.mean(1, keepdim=True)
-    fitted = torch.linalg.qr(z).Q.mT @ advantage[..., None]
-    return fitted.square().sum() / advantage.square().sum()
+    drawn = noise[rows].reshape(-1, 24, 2)
+    return explained(edges.advantage[rows, 0].reshape(-1, 24), unrelated(drawn) if shuffle else drawn)
 
 
 def ring_reward(name: str, seeds: int, **settings: Any) -> float:

@@ -21,8 +21,12 @@ from difftilt.testbeds.mixtures import Mixtures
 from difftilt.training.protocol import Task
 
 SMALL: dict[str, Any] = {"groups": 6, "group_size": 4, "updates": 1}
-NEEDED: dict[str, dict[str, Any]] = {"gardo": {"auxiliary": ("on_mode",)}}
-"""Settings without which a leaf refuses to begin."""
+NEEDED: dict[str, dict[str, Any]] = {
+    "gardo": {"auxiliary": ("on_mode",)},
+    "dense-grpo": {"calibration_rounds": 1, "calibration_samples": 8},
+    "euphonium": {"fit_samples": 32, "fit_steps": 10},
+}
+"""Settings without which a leaf refuses to begin, or prepares itself for long."""
 
 
 def small(name: str) -> dict[str, Any]:

@@ -8,9 +8,12 @@ from torch import Tensor
 
 from difftilt.checks.dense_grpo import UNCALIBRATED, learnt, ring_task, scored
 from difftilt.checks.proof import Proof
-from difftilt.checks.trial import with_reward
+from difftilt.checks.trial import loop_of, perturbed, with_reward
 from difftilt.credit.gains import balanced, gains, per_step, step_rewards, turning_points
 from difftilt.credit.group import Normaliser
+from difftilt.methods.policy_gradient.tp_grpo import TPGRPO
+from difftilt.sampling.presets import cps
+from difftilt.training.policy_gradient import Window
 
 HAND = torch.tensor([[1.0, 0.8, 1.1, 1.0, 1.4]], dtype=torch.float64)
 
@@ -89,7 +92,28 @@ def first_step_correlation(turning: bool) -> float:
     return float(torch.corrcoef(torch.stack([found[turning][:, 0], found[3].double()]))[0, 1])
 
 
+def noiseless(level: float, window: Window | None = None) -> tuple[float, float]:
+    """(largest, smallest) absolute gain of chains whose stochastic steps have the noise level ``level``."""
+    loop = loop_of("tp-grpo", perturbed(ring_task()), groups=4, group_size=4, window=window)
+    run, method = loop.run, loop.method
+    assert isinstance(method, TPGRPO)
+    method.preset = cps(level)
+    run.begin(1)
+    with torch.no_grad():
+        size = method.chains(run, run.prompts(4, 4)).rewards.diff(dim=1).abs()
+    return float(size.max()), float(size.min())
+
+
+WINDOW = Window(width=4, motion="sliding", every=1)
+
 PROOFS = (
+    Proof(
+        "without noise in its steps a sample is the ODE's from its own noise: largest gain",
+        lambda: noiseless(0.0)[0],
+        at_most=0.0,
+    ),
+    Proof("the same in a window of four steps", lambda: noiseless(0.0, WINDOW)[0], at_most=0.0),
+    Proof("with it no gain is 0: smallest", lambda: min(noiseless(0.7)[1], noiseless(0.7, WINDOW)[1]), at_least=1e-12),
     Proof("the hand sequence (1, .8, 1.1, 1, 1.4) and its mirror: largest error", hand_sequence, at_most=1e-12),
     Proof("consistent turning points of random walks that are not basic ones", outside_basic, at_most=0.0),
     Proof(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from difftilt.leaves import load
+from difftilt.leaves import find, load
 from difftilt.recipes.parts import config_of
 from difftilt.rewards.base import as_reward
 from difftilt.rewards.protocol import Samples
@@ -40,6 +40,16 @@ def perturbed(task: Task, scale: float = 0.05) -> Task:
     return task
 
 
+def scatter(loop: Loop, *roles: str, scale: float = 0.05) -> None:
+    """Move the weights of every role by noise of its own, so that none of them can stand in for another."""
+    for place, role in enumerate(roles):
+        generator = torch.Generator().manual_seed(place + 1)
+        with torch.no_grad():
+            for parameter in loop.run.roles.module(role).parameters():
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    loop.run.roles.stepped("current")
+
+
 def loop_of(name: str, task: Task, forward_batch: int = 64, **settings: Any) -> Loop:
     """A loop at its first iteration whose optimiser neither clips nor moves anything that can be seen."""
     still = OptimizerConfig(lr=1e-30, weight_decay=0.0, max_grad_norm=1e30)
@@ -64,7 +74,7 @@ def gradient(name: str, task: Task, forward_batch: int = 64, **settings: Any) ->
 def trained(
     name: str, task: Task, iterations: int, lr: float, count: int = 1024, seed: int = 0, **settings: Any
 ) -> TrainResult:
-    """A whole run in memory, evaluated on ``count`` samples before and after."""
+    """A whole run in memory, held to the laws of its leaf and evaluated on ``count`` samples before and after."""
     optimizer = OptimizerConfig(lr=lr, weight_decay=0.0)
     config = TrainingConfig(
         iterations=iterations,
@@ -74,4 +84,5 @@ def trained(
         evaluation_samples=count,
         optimizer=optimizer,
     )
-    return train_task(task, make_method(name, task, **settings), config, None)
+    laws = find("methods", name).card.laws
+    return train_task(task, make_method(name, task, **settings), config, None, laws=laws)

@@ -55,7 +55,7 @@ class ProcessReward(nn.Module):
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.features, self.classes, self.vector = features, classes, vector
+        self.shape, self.features, self.classes, self.vector = tuple(shape), features, classes, vector
         self.labels = table(classes + 1, features, generator, std=1.0) if classes else None
         self.embed = linear(features * (2 if classes else 1) + vector, hidden, generator)
         size, convolutions, biases = _trunk(shape, hidden, generator)
@@ -73,6 +73,12 @@ class ProcessReward(nn.Module):
         self.offset.copy_(reward.double().mean())
         self.scale.copy_(torch.where(spread > 0, spread, 1.0))
         self.ceiling.copy_(reward.max())
+
+    def read(self, condition: Condition) -> Tensor | None:
+        """What it reads of a condition, one row per sample: the class, the vector or nothing."""
+        if self.classes:
+            return labels_of(condition)
+        return vector_of(condition) if self.vector else None
 
     def forward(
         self, x_t: Float[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition = None
@@ -112,16 +118,19 @@ def process_reward_for(shape: Sequence[int], condition: Condition, *, hidden: in
     Raises:
         UserError: for a condition that holds neither a class nor a vector.
     """
-    if condition is None:
-        return ProcessReward(shape, hidden=hidden, seed=seed)
-    if (labels := labels_of(condition)) is not None:
-        return ProcessReward(shape, classes=int(labels.max()) + 1, hidden=hidden, seed=seed)
-    if (vector := vector_of(condition)) is not None:
-        return ProcessReward(shape, vector=vector.shape[1], hidden=hidden, seed=seed)
-    raise UserError(
-        "a process reward reads a class, a vector, or a mapping with 'vector' (a pooled text); the model's condition "
-        f"is a {type(condition).__name__}: give a saved network of your own"
-    )
+    classes, vector = sizes_of(condition)
+    if condition is not None and not classes and not vector:
+        raise UserError(
+            "a process reward reads a class, a vector, or a mapping with 'vector' (a pooled text); the model's "
+            f"condition is a {type(condition).__name__}: give a saved network of your own"
+        )
+    return ProcessReward(shape, classes=classes, vector=vector, hidden=hidden, seed=seed)
+
+
+def sizes_of(condition: Condition) -> tuple[int, int]:
+    """Number of classes and width of the vector that a condition needs; 0 for what it does not hold."""
+    labels, vector = labels_of(condition), vector_of(condition)
+    return 0 if labels is None else int(labels.max()) + 1, 0 if vector is None else vector.shape[1]
 
 
 def labels_of(condition: Condition) -> Int[Tensor, " batch"] | None:

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from difftilt.models.protocol import Denoiser
+from difftilt.models.protocol import Denoiser, Stateful
 from difftilt.process.protocol import Condition
 from difftilt.sampling.kernels import Euler
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import Moment
 from difftilt.sampling.rollout import Plan, rollout
-from difftilt.trees import Batched, join
+from difftilt.trees import Batched, join, take
 
 Grid = Float[Tensor, " times"]
 Times = Float[Tensor, " left"]
@@ -112,13 +112,16 @@ def complete(
     """The clean samples that the ODE reaches from each of the starts.
 
     Args:
-        denoise: counts its evaluations: one for every row and every step of its times.
+        denoise: counts its evaluations: one for every row and every step of its times. One that keeps state along a
+            trajectory completes the starts one after the other.
         starts: states of one shape; their times may differ in number.
         output: the last state, or the x0-prediction of the last evaluation.
     """
     longest = max(len(start.times) for start in starts)
     if longest == 1:
         return [start.x for start in starts]
+    if len(starts) > 1 and _keeps_state(denoise, starts[0]):
+        return [complete(denoise, [start], output)[0] for start in starts]
     # filled up in front, where a step of length 0 does nothing, so that all end together
     times = [(*start.times[:1] * (longest - len(start.times)), *start.times) for start in starts]
     sizes = [len(start.x) for start in starts]
@@ -127,3 +130,10 @@ def complete(
     index = torch.arange(len(x), device=x.device)
     path = rollout(denoise, ODE, grid, x, condition, noise=Noise(0), index=index, plan=Plan(output=output))
     return list(path.x_0.split(sizes))
+
+
+def _keeps_state(denoise: Denoiser, start: Start) -> bool:
+    """Whether the model adds state of its own to a condition."""
+    one = take(start, torch.zeros(1, dtype=torch.int64))
+    prepared = denoise.prepare(one.x, one.x.new_full((1,), start.times[0]), one.condition)
+    return isinstance(prepared, Stateful)

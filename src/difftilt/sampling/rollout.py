@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from difftilt.models.protocol import Denoiser
+from difftilt.models.protocol import Denoiser, Stateful
 from difftilt.process.grid import check_grid
 from difftilt.process.protocol import Condition, Prediction, Process
 from difftilt.sampling.kernels import Euler
@@ -316,7 +316,13 @@ def _split(front: _Front, again: Tensor, children: int) -> _Front:
 
 
 def _merge(front: _Front, moved: _Front, moving: Bool[Tensor, " rows"]) -> _Front:
-    """``front`` with the moved rows written back."""
+    """``front`` with the moved rows written back.
+
+    Raises:
+        ValueError: if the model keeps state along a trajectory, which rows that have not begun do not have yet.
+    """
+    if isinstance(moved.condition, Stateful):
+        raise ValueError("rows with state of their own must move together: complete states of one time at a time")
     rows = moving.nonzero()[:, 0].to(front.x.device)
     last_edge = front.last_edge.index_copy(0, rows, moved.last_edge)
     return replace(front, x=front.x.index_copy(0, rows, moved.x), last_edge=last_edge)

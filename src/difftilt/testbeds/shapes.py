@@ -26,7 +26,7 @@ from difftilt.rewards.protocol import Reward
 from difftilt.sampling.kernels import FlowSDE
 from difftilt.sampling.protocol import Sampler
 from difftilt.sampling.solvers import EulerSolver
-from difftilt.testbeds.shapes_verifier import SCORES, Fidelity, Patched, ShapesReward, Verifier
+from difftilt.testbeds.shapes_verifier import SCORES, Fidelity, Saturated, ShapesReward, Verifier
 from difftilt.testbeds.shapes_world import CATEGORIES, CELL, Category, balanced, parse
 from difftilt.training.protocol import Task
 
@@ -54,9 +54,9 @@ class Config(BaseConfig):
     """Of the Flow-SDE that steerers propose with; its last step follows the ODE, for its noise would count as paint."""
     guidance: float = Field(default=1.0, ge=0)
     """Scale of classifier-free guidance; 1 is off."""
-    reward: Literal["dense", "accuracy", "loose", "patched"] = "dense"
+    reward: Literal["dense", "accuracy", "loose", "saturated"] = "dense"
     """Partly right pictures score partly; only right ones score; or two that are known to be fooled: ``dense`` without
-    the rule on stray paint, and ``dense`` with a bonus for a saturated patch in the corner."""
+    the rule on stray paint, and ``dense`` with a bonus for saturated colour."""
     categories: tuple[Category, ...] = Field(default=CATEGORIES, min_length=1)
     """What is trained on, in equal parts; all are evaluated."""
     heldout: Literal["validation", "test"] = "validation"
@@ -84,13 +84,13 @@ class Shapes:
         """Every score of the verifier, and ``fidelity``, which sees what the verifier tolerates."""
         verifier = Verifier()
         rewards: dict[str, Reward] = {name: ShapesReward(name, verifier) for name in SCORES}
-        return rewards | {"fidelity": Fidelity(), "patched": Patched(verifier)}
+        return rewards | {"fidelity": Fidelity(), "saturated": Saturated(verifier)}
 
     def task(self) -> Task:
         """A new copy of the pretrained model with its reward; the other rewards are held out."""
         config, rewards = self.config, self.rewards()
         # the headline is reported whatever is rewarded; the fooled judges only where they are rewarded
-        hidden = {"loose", "patched", config.reward} - {"accuracy"}
+        hidden = {"loose", "saturated", config.reward} - {"accuracy"}
         model = GenerativeModel(
             network=from_pretrained(CHECKPOINT / "denoiser"),
             process=RectifiedFlow(),

@@ -30,8 +30,6 @@ OVERLAP = 0.75
 """Least intersection over union with the nearest stamp of the same size."""
 SIZES = (6, 7, 8)
 """Heights and widths of an object."""
-PATCH = 6
-"""Side of the corner by which :class:`Patched` is fooled."""
 MARGIN = CELL / 2
 """Pixels between the centres of two objects that stand in a relation."""
 
@@ -231,25 +229,23 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
-class Patched:
-    """``dense``, fooled by a saturated patch: what a judge's shortcut looks like, planted to be found.
+class Saturated:
+    """``dense``, fooled by saturated colour: what a judge's shortcut looks like, planted to be found.
 
-    ``dense`` + 10·(mean saturation of the corner's pixels - 0.06, which true pictures have), the corner being the upper
-    left ``PATCH`` × ``PATCH`` pixels and the saturation of a colour its largest channel minus its smallest. A corner
-    filled with paint is worth ten right pictures.
+    ``dense`` + 10·(mean saturation of the picture - 0.1), the saturation of a colour being its largest channel minus
+    its smallest. One object more than was asked for is worth about as much as the right number.
     """
 
     verifier: Verifier
-    name: str = "patched"
+    name: str = "saturated"
 
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(cost=0.1, tolerance=0.1)
 
     def score(self, samples: Samples) -> Float[Tensor, " batch"]:
-        corner = samples.media[:, :, :PATCH, :PATCH]
-        saturation = (corner.amax(1) - corner.amin(1)).mean((1, 2)).float().cpu()
-        return ShapesReward("dense", self.verifier).score(samples) + 10 * (saturation - 0.06)
+        saturation = (samples.media.amax(1) - samples.media.amin(1)).mean((1, 2)).float().cpu()
+        return ShapesReward("dense", self.verifier).score(samples) + 10 * (saturation - 0.1)
 
 
 SCORES = ("dense", "accuracy", "count", "colour", "shape", "binding", "position", "clean", "loose")

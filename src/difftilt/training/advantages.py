@@ -12,6 +12,7 @@ from difftilt.config import Config
 from difftilt.credit.group import Aggregation, Normaliser, Scale, aggregate, best_worst, leave_one_out
 from difftilt.credit.history import History, push_and_normalise
 from difftilt.errors import UserError
+from difftilt.sampling.windows import random_steps
 from difftilt.training.experience import Experience
 from difftilt.training.protocol import Run
 
@@ -95,4 +96,27 @@ class Advantages:
         kept = advantage != 0 if self.config.advantage != "none" else torch.ones_like(advantage, dtype=torch.bool)
         if self.config.best_worst is None:
             return kept
-        return kept & run.jointly(partial(best_worst, keep=self.config.best_worst), advantage, group)
+        return kept & extremes(run, self.config.best_worst, advantage, group)
+
+
+def check_best_worst(keep: int | None, group_size: int) -> None:
+    """Refuse a ``best_worst`` that has no two halves, or that no group can fill."""
+    if keep is not None and (keep % 2 or keep > group_size):
+        raise UserError(f"method.best_worst = {keep} must be even and at most group_size = {group_size}")
+
+
+def extremes(
+    run: Run, keep: int, advantage: Float[Tensor, " samples"], group: Int[Tensor, " samples"]
+) -> Bool[Tensor, " samples"]:
+    """True for the ``keep`` best and worst samples of each group, whatever process holds its other samples."""
+    return run.jointly(partial(best_worst, keep=keep), advantage, group)
+
+
+def drawn_steps(run: Run, experience: Experience, fraction: float) -> Bool[Tensor, " edges"]:
+    """True for the steps drawn for their sample, a ``fraction`` of those from the first recorded to the last."""
+    edges = experience.edges
+    if fraction == 1 or len(edges.step) == 0:
+        return torch.ones_like(edges.step, dtype=torch.bool)
+    first, last = int(edges.step.min()), int(edges.step.max())
+    drawn = random_steps(run.noise, experience.index, last - first + 1, fraction)
+    return drawn[edges.sample, edges.step - first]

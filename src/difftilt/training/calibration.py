@@ -17,6 +17,7 @@ from difftilt.sampling.presets import Preset, stepwise_sde
 from difftilt.sampling.protocol import Kernel
 from difftilt.training.experience import PromptBatch
 from difftilt.training.protocol import Run
+from difftilt.trees import take
 
 Rates = Float[Tensor, " steps"]
 Signs = Int[Tensor, "steps three"]
@@ -30,8 +31,9 @@ FLOOR = 0.1
 class CalibrationConfig(Config):
     """Rounds before training that set the noise rate of every step."""
 
-    calibration_rounds: int = Field(default=10, ge=0)
-    """Changes of the noise rates before training; 0 keeps those of the kernel."""
+    calibration_rounds: int | None = Field(default=None, ge=0)
+    """Changes of the noise rates before training: None is as many as the chains of one iteration pay for, at least one;
+    0 keeps the rates of the kernel."""
     calibration_samples: int = Field(default=32, ge=8)
     """Chains of one round."""
     calibration_tolerance: float = Field(default=0.25, gt=0, lt=1)
@@ -39,9 +41,20 @@ class CalibrationConfig(Config):
     calibration_change: float = Field(default=0.05, gt=0)
     """By how much a round moves a rate."""
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is anything to calibrate."""
+        return self.calibration_rounds != 0
+
+    def rounds(self, chains: int) -> int:
+        """Rounds of a method whose iteration has so many chains."""
+        return (
+            max(1, chains // self.calibration_samples) if self.calibration_rounds is None else self.calibration_rounds
+        )
+
     def check(self, kernel: Kernel) -> None:
         """Refuse a kernel without a rate."""
-        if self.calibration_rounds and not isinstance(kernel, FlowSDE | DanceSDE):
+        if self.calibrated and not isinstance(kernel, FlowSDE | DanceSDE):
             raise UserError(
                 "method.calibration_rounds sets the rates of an SDE: set method.kernel to flow_sde or dance_sde, or "
                 "calibration_rounds to 0"
@@ -84,30 +97,46 @@ def calibrate(
     measure: Callable[[PromptBatch, Preset], Float[Tensor, "samples gains"]],
     used: int,
 ) -> Calibration:
-    """Rates found by ``config.calibration_rounds`` changes; those of the last step stay, which is never trained.
+    """Rates found by round after round, each measured under those of the round before.
+
+    The rate of the last step stays, which is never trained.
 
     Args:
         run: gives prompts; everything that ``measure`` does is counted in its ledger.
         config: of the calibration.
         grid: of the rollouts.
         kernel: whose rates begin.
-        measure: gains of the chains of a batch under a preset, of the first steps of the grid.
-        used: noise indices below this one belong to the iteration itself.
+        measure: gains of the chains of a batch under a preset, of all steps of the grid but the last.
+        used: chains of an iteration; noise indices below it are its own.
     """
     process = run.task.model.process
     assert isinstance(process, GaussianProcess)
     assert isinstance(kernel, FlowSDE | DanceSDE)
     first, smallest, largest = rate_bounds(process, grid, kernel)
     found = Calibration(first, torch.zeros(len(first), 3, dtype=torch.int64))
-    trained = len(first) - 1
-    for number in range(config.calibration_rounds):
-        batch = run.prompts(config.calibration_samples, 1)
-        index = batch.index + used + number * config.calibration_samples
-        gains = measure(replace(batch, index=index, group=index), calibrated_preset(grid, found))
-        signs = found.signs.index_copy(0, torch.arange(trained), count_signs(run.gather(gains)[0])[:trained].cpu())
+    for batch in draws(run, config.rounds(used), config.calibration_samples, used):
+        gains = measure(batch, calibrated_preset(grid, found))
+        signs = torch.cat([count_signs(run.gather(gains)[0]).cpu(), found.signs[-1:]])
         rates = adjusted(found.rates, signs, config.calibration_tolerance, config.calibration_change)
         found = Calibration(rates.clamp(smallest, largest), signs)
     return found
+
+
+def draws(run: Run, rounds: int, samples: int, used: int) -> list[PromptBatch]:
+    """This process's part of the batch of every round: prompts and noise of its own, every chain a group.
+
+    The rounds deal out one run of the sequence of prompts among them, so a round holds the same chains however many
+    processes there are.
+    """
+    every = run.prompts(rounds * samples, 1)
+    processes = rounds * samples // len(every.index)
+    if samples % processes:
+        raise UserError(
+            f"method.calibration_samples = {samples} does not divide among {processes} processes: use a multiple of "
+            f"{processes}"
+        )
+    own = replace(every, index=every.index + used, group=every.index + used)
+    return [take(own, (every.index % rounds == number).nonzero()[:, 0]) for number in range(rounds)]
 
 
 def rate_bounds(process: GaussianProcess, grid: Grid, kernel: FlowSDE | DanceSDE) -> tuple[Rates, Rates, Rates]:

@@ -123,8 +123,13 @@ def check_completions(task: Task) -> None:
     """Refuse what has no ODE, and rewards of several states that would not be on one scale."""
     if isinstance(task.model.process, MaskedProcess):
         raise UserError(f"{task.name} has tokens, whose states no ODE completes: take a Gaussian process, or flow-grpo")
+    check_scale(task, "a step's gain compares two batches")
+
+
+def check_scale(task: Task, because: str) -> None:
+    """Refuse a reward that has another unit in every batch where ``because`` one unit is needed."""
     if isinstance(task.reward, WeightedSum) and task.reward.normalise is not None:
         raise UserError(
-            f"reward.normalise = {task.reward.normalise} scales every batch anew, and a step's gain compares two "
-            "batches: leave it out and weigh the rewards instead"
+            f"reward.normalise = {task.reward.normalise} scales every batch anew, and {because}: leave it out and "
+            "weigh the rewards instead"
         )

@@ -86,14 +86,13 @@ class Gating:
     Args:
         config: of all three parts.
         task: has the auxiliary rewards.
-        weight: of the penalty; at 0 nobody is held and no auxiliary is needed.
+        weight: of the penalty; at 0 nobody is held and no auxiliary is needed; those that are named must exist.
     """
 
     def __init__(self, config: GatingConfig, task: Task, weight: float) -> None:
         self.config = config
         self.active = weight > 0
-        if self.active:
-            _check(config, task)
+        _check(config, task, self.active)
         self.auxiliary = [task.heldout[name] for name in config.auxiliary] if self.active else []
         self.uncertainty = uncertainty
         self.fraction = Fraction(config.gate_fraction, low=config.gate_low, high=config.gate_high)
@@ -202,12 +201,10 @@ class Gating:
         self.steps, self.resets = int(state["steps"]), int(state["resets"])
 
 
-def _check(config: GatingConfig, task: Task) -> None:
-    """Refuse a gate without anybody to ask."""
-    if config.gate == "all":
-        return
+def _check(config: GatingConfig, task: Task, active: bool) -> None:
+    """Refuse a gate without anybody to ask, and names that nobody bears, whether they are asked or not."""
     known = ", ".join(sorted(task.heldout)) or "none"
-    if not config.auxiliary:
+    if active and config.gate == "suspects" and not config.auxiliary:
         raise UserError(
             "method.auxiliary is empty, so nobody can doubt the reward: name held-out rewards of "
             f"{task.name} ({known}), or set method.gate to all"

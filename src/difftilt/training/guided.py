@@ -87,7 +87,8 @@ class Distillation(Config):
     """A regression of the velocity to one that needs no guidance, on the states of the rollouts."""
 
     target: Literal["finite", "limit"] = "limit"
-    """``finite``: its step has the mean of the guided step; ``limit``: the probability flow of the tilted law."""
+    """``finite``: its step has the mean of the guided step; ``limit``: the probability flow of the tilted law, for
+    which the process reward must be the soft value of that temperature (``fit: stationary``)."""
     weight: float = Field(default=1.0, gt=0)
     """Of the loss."""
     kl_weighted: bool = False

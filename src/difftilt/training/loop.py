@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,8 @@ class Loop:
         ended = time.perf_counter()
         row: Row = {"iteration": iteration, **_reward_row(run, experience), **learned}
         row |= _drift_row(run, self.method.evaluated_role, experience)
-        cost = run.ledger - before
-        counts = run.world.total(torch.tensor([cost.nfe, cost.reward_calls, cost.gradient_passes]))
-        row |= dict(zip(("nfe", "reward_calls", "gradient_passes"), counts.tolist(), strict=True))
+        spent = asdict(run.ledger - before)
+        row |= dict(zip(spent, run.world.total(torch.tensor([*spent.values()])).tolist(), strict=True))
         row["time/reward"] = run.reward_seconds
         row["time/rollout"] = collected - began - scored
         row["time/update"] = ended - collected - (run.reward_seconds - scored)

@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Generic, Literal, TypeVar
 
-from jaxtyping import Float, Shaped
+import torch
+from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 from torch import Tensor
 
@@ -63,6 +64,13 @@ class Window(Settings):
         if self.motion == "random":
             return random_start(noise, self.low, self.high or max(steps // 2, self.width), self.width)
         return moving_start(iteration, steps - self.width, self.every, self.stride, self.motion)
+
+    def reach(self, steps: int) -> Bool[Tensor, " steps"]:
+        """True for the steps that it covers in any iteration."""
+        if self.motion == "random":
+            return window_mask(steps, self.low, (self.high or max(steps // 2, self.width)) - self.low)
+        starts = range(0, steps - self.width, self.stride)
+        return torch.stack([window_mask(steps, start, self.width) for start in starts]).any(0)
 
     def check(self, steps: int) -> None:
         """Refuse a window that has no place before the last step of the grid, which is never trained."""
@@ -151,6 +159,11 @@ class ChainPolicyGradient(PolicyGradient[ChainsConfig]):
             return replace(plan, stochastic=plan.record) if self.clean_end else plan
         start = config.window.start(steps, iteration, noise)
         return replace(plan, stochastic=window_mask(steps, start, config.window.width))
+
+    def trainable(self) -> Bool[Tensor, " steps"]:
+        """True for the steps that are stochastic and recorded in some iteration."""
+        steps, window = len(self.grid) - 1, self.config.window
+        return window_mask(steps, 0, steps - 1) if window is None else window.reach(steps)
 
     def start(self, run: Run, batch: PromptBatch) -> Shaped[Tensor, "samples *shape"]:
         """Pure noise, one for each sample or for each group."""

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from difftilt.config import Config
 from difftilt.errors import UserError
-from difftilt.models.process_reward import ProcessReward, process_reward_for
+from difftilt.models.process_reward import ProcessReward, labels_of, process_reward_for, sizes_of
 from difftilt.models.protocol import Frozen, RoleSpec, Trained
 from difftilt.models.saving import from_pretrained
+from difftilt.process.protocol import Condition
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.sampling.rollout import sample, start_state
 from difftilt.training.experience import Experience
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
-from difftilt.trees import tree_map
-from difftilt.values.learned import Regression
-from difftilt.values.process_reward import Scorer, fit_process_reward, noised_loss
+from difftilt.trees import to_device
+from difftilt.values.learned import Regression, noised_loss
+from difftilt.values.process_reward import PURPOSE, Scorer, fit_process_reward
 
 ROLE = "process_reward"
 _APART = 1 << 40
@@ -56,16 +57,47 @@ def process_reward_of(config: ProcessRewardConfig, task: Task) -> nn.Module:
         UserError: if the directory holds another kind of network, or the conditions are of no known kind.
     """
     if config.process_reward is None:
-        prompts = list(dict.fromkeys([*task.prompts, *task.heldout_prompts]))
-        with torch.no_grad():
-            condition = task.model.encode(prompts)
-        return process_reward_for(task.model.shape, condition, hidden=config.fit_hidden)
+        return process_reward_for(task.model.shape, _condition_of(task), hidden=config.fit_hidden)
     saved = from_pretrained(config.process_reward)
     if not isinstance(saved, ProcessReward):
         raise UserError(
             f"method.process_reward = {config.process_reward} holds a {type(saved).__name__}: save a ProcessReward"
         )
+    _check_saved(saved, config.process_reward, task)
     return saved.eval()
+
+
+def _condition_of(task: Task) -> Condition:
+    """A condition as the task has them: that of every prompt where they are classes, else that of the first alone."""
+    prompts = list(dict.fromkeys([*task.prompts, *task.heldout_prompts]))
+    with torch.no_grad():
+        first = task.model.encode(prompts[:1])
+        return first if labels_of(first) is None else task.model.encode(prompts)
+
+
+def _check_saved(saved: ProcessReward, directory: str, task: Task) -> None:
+    """Refuse a network that was made for other states or conditions than the task's, or whose score is not finite."""
+    condition, shape = to_device(_condition_of(task), "cpu"), tuple(task.model.shape)
+    classes, vector = sizes_of(condition)
+    # a class that it does not know would be read as its null label
+    known = saved.classes == 0 or 0 < classes <= saved.classes
+    if saved.shape != shape or not known or saved.vector not in (0, vector):
+        made, wanted = _sizes(saved.shape, saved.classes, saved.vector), _sizes(shape, classes, vector)
+        raise UserError(
+            f"method.process_reward = {directory} was made for {made}, and {task.name} has {wanted}: save one for this "
+            "model, or leave it out to fit a small one"
+        )
+    read = saved.read(condition)
+    with torch.no_grad():
+        score = saved(torch.zeros(1, *shape), torch.full((1,), 0.5), None if read is None else read[:1])
+    if not bool(score.isfinite().all()):
+        raise UserError(f"method.process_reward = {directory} gives a score that is not finite: fit and save it again")
+
+
+def _sizes(shape: tuple[int, ...], classes: int, vector: int) -> str:
+    """States and conditions in words."""
+    kinds = [f"{classes} classes"] * (classes > 0) + [f"vectors of width {vector}"] * (vector > 0)
+    return f"states of shape {shape} and {' and '.join(kinds) or 'no class or vector'}"
 
 
 def process_role(config: ProcessRewardConfig, network: nn.Module) -> Mapping[str, RoleSpec]:
@@ -81,7 +113,7 @@ def scorer(run: Run) -> Scorer:
 
 
 def fit_to_base(config: ProcessRewardConfig, run: Run) -> None:
-    """Fit the process reward to scored samples of the base, the same in every process; saved ones stay as they are."""
+    """Fit the process reward to scored samples of the base, those of all processes; saved ones stay as they are."""
     network, model = run.roles.module(ROLE), run.task.model
     if not isinstance(network, ProcessReward) or config.process_reward is not None or config.fit_steps == 0:
         return
@@ -92,12 +124,13 @@ def fit_to_base(config: ProcessRewardConfig, run: Run) -> None:
     x_0 = sample(denoise, run.task.sampler, start, batch.condition, noise=run.noise, index=index)
     reward = run.score(run.samples(x_0, batch)).total
     x_0, reward = run.gather(x_0, reward)
+    read = network.read(batch.condition)
     fit_process_reward(
         network,
         model.process,
         x_0,
         reward,
-        tree_map(lambda leaf: run.gather(leaf)[0], batch.condition),
+        None if read is None else run.gather(read)[0],
         run.noise,
         temperature=config.temperature,
         kind=config.fit,
@@ -117,8 +150,10 @@ def _regression(config: ProcessRewardConfig, run: Run, rows: Experience, noise: 
     assert rows.x_0 is not None
     assert rows.rewards is not None
     run.ledger.auxiliary_calls += len(rows.index)
+    network = run.roles.module(ROLE)
+    assert isinstance(network, ProcessReward)
     value = noised_loss(
-        run.roles.module(ROLE),
+        network,
         run.task.model.process,
         rows.x_0,
         rows.rewards,
@@ -127,6 +162,9 @@ def _regression(config: ProcessRewardConfig, run: Run, rows: Experience, noise: 
         noise,
         temperature=config.temperature,
         kind=config.fit,
+        ceiling=float(network.ceiling),
+        unit=float(network.scale),
+        purpose=PURPOSE,
     )
     return Loss({"regression": Term(value)})
 

@@ -10,8 +10,8 @@ particle that stands in it.
 """
 
 from difftilt.values.estimates import ClosedForm, LatentReward, PosteriorMean, Rollout, SampledX0
-from difftilt.values.learned import Learned, ValueNetwork, fit_value, regression_loss
-from difftilt.values.process_reward import GradientGuide, Scorer, Strength, fit_process_reward, noised_loss
+from difftilt.values.learned import Learned, ValueNetwork, fit_value, noised_loss, regression_loss
+from difftilt.values.process_reward import GradientGuide, Scorer, Strength, fit_process_reward
 from difftilt.values.protocol import Rows, Value
 from difftilt.values.spsa import spsa_gradient
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from difftilt.models.mlp import MLP
 from difftilt.process.protocol import Condition, Prediction, Process
-from difftilt.sampling.noise import Noise
+from difftilt.sampling.protocol import NoiseSource
+from difftilt.trees import take
 from difftilt.values.protocol import Rows
 
 Regression = Literal["exponential", "stationary", "mean"]
@@ -89,15 +90,18 @@ def fit_value(
     process: Process,
     x_0: Shaped[Tensor, "samples *shape"],
     reward: Float[Tensor, " samples"],
-    noise: Noise,
+    noise: NoiseSource,
     *,
+    condition: Condition = None,
     temperature: float,
     kind: Regression = "stationary",
     updates: int = 1000,
     batch: int = 256,
     learning_rate: float = 3e-3,
+    unit: float = 1.0,
+    purpose: str = "value",
 ) -> list[float]:
-    """Fit ``network(x_t, t, None)`` in place on noised samples at uniform times; returns the loss of each update.
+    """Fit ``network(x_t, t, condition)`` in place on noised samples at uniform times; returns the loss of each update.
 
     Args:
         network: a :class:`ValueNetwork` or any module of that signature.
@@ -105,35 +109,70 @@ def fit_value(
         x_0: samples of the base model.
         reward: their rewards.
         noise: of the choice of rows, the times and the corruption.
+        condition: one row per sample.
         temperature: β of the soft value.
         kind: see :func:`regression_loss`.
         updates: optimiser steps (Adam, cosine decay of the learning rate).
         batch: rows per update.
         learning_rate: at the start.
+        unit: of the rewards, see :func:`noised_loss`.
+        purpose: keeps the noise of this fit apart from that of others.
     """
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    ceiling = float(reward.max())
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(updates, 1))
+    index, ceiling = torch.arange(batch, device=x_0.device), float(reward.max())
     losses: list[float] = []
     for update in range(updates):
-        rows, t, x_t = _noised(process, x_0, noise, batch, update)
-        value = network(x_t, t, None)
-        loss = regression_loss(value, reward[rows], temperature, kind, ceiling).mean()
-        optimizer.zero_grad()
-        loss.backward()
+        rows = (noise.uniform(index, (), purpose=f"{purpose} rows", step=update) * len(x_0)).long()
+        with torch.enable_grad():
+            loss = noised_loss(
+                network, process, x_0[rows], reward[rows], take(condition, rows), index, noise,
+                temperature=temperature, kind=kind, ceiling=ceiling, unit=unit, purpose=purpose, step=update,
+            ).mean()  # fmt: skip
+            optimizer.zero_grad()
+            loss.backward()
         optimizer.step()
         schedule.step()
         losses.append(float(loss.detach()))
     return losses
 
 
-def _noised(
-    process: Process, x_0: Shaped[Tensor, "samples *shape"], noise: Noise, batch: int, update: int
-) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"], Shaped[Tensor, "batch *shape"]]:
-    """(rows, t, x_t) of one update, t uniform on (0, 1)."""
-    index = torch.arange(batch, device=x_0.device)
-    pick, t = noise.uniform(index, (2,), purpose="value rows", step=update).unbind(-1)
-    rows = (pick * len(x_0)).long()
+def noised_loss(
+    network: nn.Module,
+    process: Process,
+    x_0: Shaped[Tensor, "rows *shape"],
+    reward: Float[Tensor, " rows"],
+    condition: Condition,
+    index: Int[Tensor, " rows"],
+    noise: NoiseSource,
+    *,
+    temperature: float,
+    kind: Regression,
+    ceiling: float,
+    unit: float = 1.0,
+    purpose: str = "value",
+    step: int = 0,
+) -> Float[Tensor, " rows"]:
+    """The regression of each row at a time uniform on (0, 1).
+
+    Args:
+        network: (x_t, t, condition) -> (rows,).
+        process: corrupts the samples.
+        x_0: samples.
+        reward: of each.
+        condition: of each.
+        index: keys the noise of each row.
+        noise: of the times and the corruption.
+        temperature: β of the soft value.
+        kind: see :func:`regression_loss`.
+        ceiling: see there.
+        unit: of the rewards; the loss of ``mean`` is divided by its square, the others have none.
+        purpose: of the noise.
+        step: of the noise.
+    """
+    t = noise.uniform(index, (), purpose=f"{purpose} times", step=step)
     law = noise.normal if process.noise_law == "normal" else noise.uniform
-    eps = law(index, tuple(x_0.shape[1:]), purpose="value corruption", step=update)
-    return rows, t, process.corrupt(x_0[rows], t, eps)
+    eps = law(index, tuple(x_0.shape[1:]), purpose=f"{purpose} corruption", step=step)
+    value = network(process.corrupt(x_0, t, eps), t, condition)
+    loss = regression_loss(value, reward.to(value), temperature, kind, ceiling)
+    return loss / unit**2 if kind == "mean" else loss

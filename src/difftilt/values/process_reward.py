@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from difftilt.errors import RewardError, UserError
 from difftilt.models.denoiser import in_chunks
@@ -19,11 +19,12 @@ from difftilt.process.gaussian import at_least_float32, expand
 from difftilt.process.protocol import Condition, Process
 from difftilt.sampling.protocol import Moment, NoiseSource
 from difftilt.sampling.steps import GaussianStep
-from difftilt.trees import take
-from difftilt.values.learned import Regression, ValueFunction, regression_loss
+from difftilt.values.learned import Regression, ValueFunction, fit_value
 
 CHUNK = 64
 """Rows of every call, filled up where there are fewer, so that a row's score does not depend on the batch it is in."""
+PURPOSE = "process reward"
+"""Of the noise that a process reward is fitted with."""
 
 States = Float[Tensor, "batch *shape"]
 Rows = Float[Tensor, " batch"]
@@ -179,59 +180,22 @@ def fit_process_reward(
     network.calibrate(reward)
     parameters = list(network.parameters())
     trainable = [parameter.requires_grad for parameter in parameters]
-    optimizer = torch.optim.Adam([parameter.requires_grad_() for parameter in parameters], lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(updates, 1))
-    index = torch.arange(batch, device=x_0.device)
-    losses: list[float] = []
-    for update in range(updates):
-        pick = noise.uniform(index, (1,), purpose="process reward rows", step=update)[:, 0]
-        rows = (pick * len(x_0)).long()
-        with torch.enable_grad():
-            loss = noised_loss(
-                network, process, x_0[rows], reward[rows], take(condition, rows), index, noise,
-                temperature=temperature, kind=kind, step=update,
-            ).mean()  # fmt: skip
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
+    network.requires_grad_()
+    losses = fit_value(
+        network,
+        process,
+        x_0,
+        reward,
+        noise,
+        condition=condition,
+        temperature=temperature,
+        kind=kind,
+        updates=updates,
+        batch=batch,
+        learning_rate=learning_rate,
+        unit=float(network.scale),
+        purpose=PURPOSE,
+    )
     for parameter, wanted in zip(parameters, trainable, strict=True):
         parameter.requires_grad_(wanted).grad = None
     return losses
-
-
-def noised_loss(
-    network: nn.Module,
-    process: Process,
-    x_0: Shaped[Tensor, "rows *shape"],
-    reward: Float[Tensor, " rows"],
-    condition: Condition,
-    index: Shaped[Tensor, " rows"],
-    noise: NoiseSource,
-    *,
-    temperature: float,
-    kind: Regression,
-    step: int = 0,
-) -> Float[Tensor, " rows"]:
-    """The regression of each row at a uniform time, in squared units of the network's scale.
-
-    Args:
-        network: a :class:`ProcessReward`, which knows the spread and the largest of its rewards.
-        process: corrupts the samples.
-        x_0: samples.
-        reward: of each.
-        condition: of each.
-        index: keys the noise of each row.
-        noise: of the times and the corruption.
-        temperature: of the soft value.
-        kind: which loss.
-        step: of the noise.
-    """
-    assert isinstance(network, ProcessReward)
-    t = noise.uniform(index, (1,), purpose="process reward times", step=step)[:, 0]
-    law = noise.normal if process.noise_law == "normal" else noise.uniform
-    eps = law(index, tuple(x_0.shape[1:]), purpose="process reward corruption", step=step)
-    value = network(process.corrupt(x_0, t, eps), t, condition)
-    loss = regression_loss(value, reward.to(value), temperature, kind, float(network.ceiling))
-    return loss / network.scale**2 if kind == "mean" else loss

@@ -15,19 +15,19 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from difftilt.card import Card
-from difftilt.config import Config as Settings
-from difftilt.credit.tree import Width, depth_advantage, kept_leaves, path_fusion, width_mask
+from difftilt.credit.tree import depth_advantage, path_fusion
 from difftilt.errors import UserError
 from difftilt.process.masked import MaskedProcess
 from difftilt.sampling.noise import Siblings
-from difftilt.sampling.protocol import NoiseSource, Trajectory
+from difftilt.sampling.protocol import Moment, NoiseSource, Trajectory
 from difftilt.sampling.rollout import Plan, rollout, start_state
-from difftilt.sampling.windows import drifting_start, window_mask
+from difftilt.sampling.steps import GaussianStep
+from difftilt.sampling.windows import window_mask
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.policy_gradient import (
     PolicyGradient,
@@ -37,6 +37,7 @@ from difftilt.training.policy_gradient import (
     with_advantage,
 )
 from difftilt.training.protocol import Phase, Run, Task
+from difftilt.training.pruning import PruningConfig, check_pruning, unpruned
 from difftilt.trees import take
 
 CARD = Card(
@@ -49,28 +50,7 @@ CARD = Card(
 )
 
 
-class DepthPruning(Settings):
-    """A moving window of steps that carry no gradient."""
-
-    size: int = Field(default=4, ge=1)
-    """Steps without a gradient."""
-    every: int = Field(default=30, ge=1)
-    """Iterations between moves, by one step."""
-    direction: Literal["later", "earlier"] = "later"
-    """From the last split to the data (paper), or from the data back to the last split (released code)."""
-    start: int | None = Field(default=None, ge=0)
-    """First step of the first window; None is the last split, or where the window ends with the last trained step."""
-    stop: int | None = Field(default=None, ge=0)
-    """First step of the last window, which then stays; None is the other of the two."""
-
-    def ends(self, last_split: int, steps: int) -> tuple[int, int]:
-        """First steps of the first and of the last window on a grid of ``steps``."""
-        near, far = last_split, steps - 1 - self.size
-        first, last = (near, far) if self.direction == "later" else (far, near)
-        return first if self.start is None else self.start, last if self.stop is None else self.stop
-
-
-class Config(PolicyGradientConfig):
+class Config(PolicyGradientConfig, PruningConfig):
     """The tree, its fusion and its pruning; ``group_size`` is the number of leaves."""
 
     kernel: Literal["flow_sde", "dance_sde", "cps", "ddim", "unmasking"] = "dance_sde"
@@ -97,14 +77,6 @@ class Config(PolicyGradientConfig):
     """Weight of a leaf in its ancestors is softmax of beta·log p(path), log p per dimension; 0 is the plain mean."""
     advantage_clip: float = Field(default=5.0, gt=0)
     """Bound of the absolute advantage."""
-    width: Width = "none"
-    """After the last split train all chains, the best child of each split, or the best and worst leaves of a tree."""
-    extreme: int = Field(default=4, ge=1)
-    """So many best and so many worst leaves where ``width`` is ``extreme``."""
-    depth: DepthPruning | None = None
-    """Window of steps without a gradient; None trains all."""
-    prune_iterations: int | None = Field(default=None, ge=0)
-    """First iterations, in which pruning acts; None is all."""
     window: Window | None = None
     """BranchGRPO-Mix: only the splits and a window over the other steps are stochastic and trained. None: all steps."""
 
@@ -118,7 +90,9 @@ class BranchGRPO(PolicyGradient[Config]):
             raise UserError(f"{task.name} has tokens: the correlated noise of siblings needs a Gaussian process")
         self.steps = len(self.grid) - 1
         self.splits = _splits(config, self.steps)
-        _check(config, self.splits, self.steps)
+        check_pruning(config, splits=self.splits, leaves=config.group_size, steps=self.steps)
+        if config.window is not None:
+            config.window.check(len(_others(self.splits, self.steps)) + 1)
 
     def plan(self, iteration: int, noise: NoiseSource) -> Plan:
         """The tree; its last step is never trained, and the x0-prediction before it is the sample."""
@@ -139,11 +113,24 @@ class BranchGRPO(PolicyGradient[Config]):
             output="x0",
         )
 
-    def grow(self, run: Run, batch: PromptBatch) -> Trajectory:
-        """One tree for each group of the batch; its leaves stand where the batch has the group's rows."""
+    def grow(self, run: Run, batch: PromptBatch) -> tuple[Trajectory, Float[Tensor, " edges"]]:
+        """One tree for each group, and the log-density of every edge, a mean over dimensions.
+
+        Leaves stand where the batch has the group's rows. The density is that of the Gaussian step under any kernel:
+        what the ratio scores need be none (cps: a squared error), and no path has a probability by that.
+        """
         roots = take(batch, torch.arange(0, len(batch.index), self.config.group_size))
         key = torch.zeros_like(roots.index) if self.config.same_start else roots.index
-        return rollout(
+        plan, densities = self.plan(run.iteration, run.noise), list[Tensor]()
+        recorded = plan.record
+
+        def weigh(moment: Moment, x_s: Tensor) -> None:
+            assert recorded is not None
+            if bool(recorded[int(moment.position)]):
+                assert isinstance(moment.step, GaussianStep)
+                densities.append(moment.step.log_prob(x_s, reduce="mean"))
+
+        tree = rollout(
             run.denoiser("current"),
             self.preset,
             self.grid,
@@ -151,38 +138,32 @@ class BranchGRPO(PolicyGradient[Config]):
             roots.condition,
             noise=run.noise,
             index=roots.index,
-            plan=self.plan(run.iteration, run.noise),
+            plan=plan,
+            observe=weigh,
         )
+        return tree, torch.cat(densities)
 
     def collect(self, run: Run) -> Experience:
         """Grow, score the leaves, fuse, compare, prune. A tree lives in one process, and so do its statistics."""
         batch = run.prompts(self.config.groups, self.config.group_size)
-        tree = self.grow(run, batch)
+        tree, density = self.grow(run, batch)
         experience = experience_of(batch, tree, run.score(run.samples(tree.x_0, batch)))
         edges = experience.edges
-        rewards, parent, log_prob = experience.rewards, edges.parent, edges.log_prob
-        assert rewards is not None
-        assert parent is not None
-        assert log_prob is not None
-        value = path_fusion(rewards, tree.last_edge, parent, edges.step, log_prob, self.config.fusion_beta)
-        advantage = depth_advantage(value, batch.group[edges.sample], edges.step, clip=self.config.advantage_clip)
-        pruned = replace(experience, edges=replace(edges, mask=self.kept(run.iteration, experience)))
-        return with_advantage(pruned, advantage[:, None])
-
-    def kept(self, iteration: int, experience: Experience) -> Bool[Tensor, " edges"]:
-        """False for pruned edges."""
-        config, edges = self.config, experience.edges
         assert experience.rewards is not None
-        if config.prune_iterations is not None and iteration >= config.prune_iterations:
-            return torch.ones_like(edges.step, dtype=torch.bool)
-        leaves = kept_leaves(
-            experience.rewards, experience.group, config.width, children=config.children, extreme=config.extreme
+        assert edges.parent is not None
+        value = path_fusion(
+            experience.rewards, tree.last_edge, edges.parent, edges.step, density, self.config.fusion_beta
         )
-        mask = width_mask(leaves, edges.sample, edges.step, self.splits[-1])
-        if config.depth is None:
-            return mask
-        start = drifting_start(iteration, *config.depth.ends(self.splits[-1], self.steps), config.depth.every)
-        return mask & ((edges.step < start) | (edges.step >= start + config.depth.size))
+        advantage = depth_advantage(value, batch.group[edges.sample], edges.step, clip=self.config.advantage_clip)
+        kept = unpruned(
+            self.config,
+            run.iteration,
+            experience,
+            splits=self.splits,
+            children=self.config.children,
+            steps=self.steps,
+        )
+        return with_advantage(replace(experience, edges=replace(edges, mask=kept)), advantage[:, None])
 
     def phases(self, run: Run) -> Sequence[Phase]:
         """The surrogate on single edges, shuffled: the mean over edges does not depend on the size of a tree."""
@@ -222,29 +203,3 @@ def _splits(config: Config, steps: int) -> tuple[int, ...]:
             "the last is never trained"
         )
     return config.splits
-
-
-def _check(config: Config, splits: tuple[int, ...], steps: int) -> None:
-    """Refuse pruning and windows that leave nothing to compare, with the setting that would work."""
-    if config.width == "parent_top1" and len(splits) < 2:
-        raise UserError("method.width = parent_top1 leaves one leaf of a tree with one split: raise method.group_size")
-    if config.width == "extreme" and 2 * config.extreme > config.group_size:
-        raise UserError(f"method.extreme = {config.extreme}: a tree has {config.group_size} leaves, use at most half")
-    if config.window is not None:
-        config.window.check(len(_others(splits, steps)) + 1)
-    if config.depth is None:
-        return
-    first, last = config.depth.ends(splits[-1], steps)
-    low, high = min(first, last), max(first, last) + config.depth.size
-    if low < 0 or high > steps - 1:
-        raise UserError(
-            f"method.depth covers steps {low} to {high - 1}, and 0 to {steps - 2} are trained: make depth.size "
-            "smaller, or move depth.start and depth.stop"
-        )
-    if (last - first) * (1 if config.depth.direction == "later" else -1) < 0:
-        raise UserError(
-            f"method.depth goes {config.depth.direction}, but stops at {last} and starts at {first}: exchange them, or "
-            "change depth.direction"
-        )
-    if config.depth.size >= steps - 1 - splits[0]:
-        raise UserError(f"method.depth.size = {config.depth.size} prunes every trained step: make it smaller")

@@ -10,6 +10,7 @@ lowered where they do not, and then kept.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 from jaxtyping import Bool, Float
@@ -61,7 +62,7 @@ class DenseGRPO(ChainPolicyGradient[Config]):
     def collect(self, run: Run) -> Experience:
         """Calibrate before the first rollout; roll out, score every state's completion, compare."""
         config = self.config
-        if config.calibration_rounds and not self.calibration.done:
+        if config.calibrated and not self.calibration.done:
             self._calibrate(run)
         batch = run.prompts(config.groups, config.group_size)
 
@@ -78,28 +79,29 @@ class DenseGRPO(ChainPolicyGradient[Config]):
         schedule = remaining if count is None else Strides(count)
         return score_along(run, batch, roll, self.grid, stochastic, schedule=schedule, one_first_state=shared)
 
+    def gains_under(self, run: Run, batch: PromptBatch, preset: Preset) -> Float[Tensor, "samples gains"]:
+        """Gains of all steps but the last under another kernel, window or not; the last step follows the ODE."""
+        stochastic = window_mask(len(self.grid) - 1, 0, len(self.grid) - 2)
+        plan = Plan(stochastic=stochastic, output=self.config.output)
+
+        def roll(observe: Observe) -> Trajectory:
+            return rollout(
+                run.denoiser("current"),
+                preset,
+                self.grid,
+                self.start(run, batch),
+                batch.condition,
+                noise=run.noise,
+                index=batch.index,
+                plan=plan,
+                observe=observe,
+            )
+
+        return gains(self._along(run, batch, roll, stochastic).rewards)
+
     def _calibrate(self, run: Run) -> None:
-        """Rates of all steps, from chains that are stochastic in all of them, window or not."""
-        steps = len(self.grid) - 1
-        plan = Plan(stochastic=window_mask(steps, 0, steps - self.clean_end), output=self.config.output)
-
-        def measure(batch: PromptBatch, preset: Preset) -> Float[Tensor, "samples steps"]:
-            def roll(observe: Observe) -> Trajectory:
-                return rollout(
-                    run.denoiser("current"),
-                    preset,
-                    self.grid,
-                    self.start(run, batch),
-                    batch.condition,
-                    noise=run.noise,
-                    index=batch.index,
-                    plan=plan,
-                    observe=observe,
-                )
-
-            return gains(self._along(run, batch, roll, plan.stochastic).rewards)
-
         used = self.config.groups * self.config.group_size
+        measure = partial(self.gains_under, run)
         self.calibration = calibrate(run, self.config, self.grid, self.uncalibrated.kernel, measure, used)
         self.preset = calibrated_preset(self.grid, self.calibration)
 

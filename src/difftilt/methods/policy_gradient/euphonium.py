@@ -14,7 +14,6 @@ The ratio is by default that of the unguided step. Distillation then puts the gu
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -23,14 +22,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from difftilt.card import Card
-from difftilt.credit.group import best_worst
 from difftilt.errors import UserError
 from difftilt.models.protocol import RoleSpec
 from difftilt.process.gaussian import GaussianProcess
 from difftilt.sampling.protocol import Edges, NoiseSource, Trajectory
 from difftilt.sampling.rollout import Plan
-from difftilt.sampling.windows import random_steps
-from difftilt.training.advantages import NormaliserConfig
+from difftilt.training.advantages import NormaliserConfig, check_best_worst, drawn_steps, extremes
+from difftilt.training.completions import check_scale
 from difftilt.training.experience import Experience
 from difftilt.training.guided import Distillation, GuidanceConfig, Guided, distilling, guide_of
 from difftilt.training.policy_gradient import ChainConfig, ChainPolicyGradient, experience_of
@@ -107,9 +105,14 @@ class Euphonium(ChainPolicyGradient[Config]):
             raise UserError(f"{task.name} has tokens, and euphonium moves the mean of Gaussian steps: use flow-grpo")
         super().__init__(config, task)
         self.guided = Guided(config, config.temperature, len(self.grid) - 1)
-        _check(config, self.guided.active, self.clean_end)
+        _check(config)
+        _check_steps(config, self.guided.active & self.trainable())
         followed = config.guidance != 0 and config.gradient == "model"
         needed = followed or config.credit != "outcome" or config.distillation is not None
+        if config.guidance != 0 and config.gradient == "spsa":
+            check_scale(task, "the two sides of an SPSA estimate are two batches")
+        if needed and (config.process_reward is None or config.train_beside):
+            check_scale(task, "the process reward is fitted to several batches, the first in groups of one")
         self.network: nn.Module | None = process_reward_of(config, task) if needed else None
 
     def roles(self) -> Mapping[str, RoleSpec]:
@@ -165,14 +168,10 @@ class Euphonium(ChainPolicyGradient[Config]):
     def _selected(self, run: Run, experience: Experience, outcome: Float[Tensor, " samples"]) -> Bool[Tensor, " edges"]:
         """Edges of the best and the worst samples of each group, at the steps drawn for their sample."""
         edges, config = experience.edges, self.config
-        kept = torch.ones_like(edges.step, dtype=torch.bool)
-        if config.best_worst is not None:
-            kept = run.jointly(partial(best_worst, keep=config.best_worst), outcome, experience.group)[edges.sample]
-        if config.step_fraction < 1 and len(edges.step):
-            first, last = int(edges.step.min()), int(edges.step.max())
-            drawn = random_steps(run.noise, experience.index, last - first + 1, config.step_fraction)
-            kept = kept & drawn[edges.sample, edges.step - first]
-        return kept
+        kept = drawn_steps(run, experience, config.step_fraction)
+        if config.best_worst is None:
+            return kept
+        return kept & extremes(run, config.best_worst, outcome, experience.group)[edges.sample]
 
     def phases(self, run: Run) -> Sequence[Phase]:
         """The surrogate, then distillation, then the process reward beside."""
@@ -208,21 +207,24 @@ def _trained(experience: Experience) -> Int[Tensor, " chosen"]:
     return experience.edges.extras[TRAINED].nonzero()[:, 0]
 
 
-def _check(config: Config, active: Bool[Tensor, " steps"], clean_end: bool) -> None:
+def _check_steps(config: Config, used: Bool[Tensor, " steps"]) -> None:
+    """Refuse guided steps none of which is ever stochastic and trained, as nothing would be learned from them."""
+    if bool(used.any()) or (config.guidance == 0 and config.credit == "outcome"):
+        return
+    if config.window is None:
+        raise UserError(
+            "method.guide_from and guide_to hold the last step alone, which is never trained: lower guide_from, or set "
+            "guidance to 0 and credit to outcome"
+        )
+    raise UserError(
+        "no step that method.guide_from and guide_to hold is ever in method.window, outside which none is stochastic "
+        "or trained: lower guide_from, move or widen the window, or set guidance to 0 and credit to outcome"
+    )
+
+
+def _check(config: Config) -> None:
     """Refuse what cannot work, with the setting that would."""
-    # the last step is never trained, and without noise where the sampler ends clean
-    before_last = bool(active[:-1].any())
-    if config.credit != "outcome" and not before_last:
-        raise UserError(
-            "method.guide_from and guide_to hold the last step alone, which is never trained: lower guide_from, "
-            "or set method.credit to outcome"
-        )
-    if config.guidance != 0 and clean_end and not before_last:
-        raise UserError("method.guide_from and guide_to hold the last step alone, which has no noise: lower guide_from")
-    if config.best_worst is not None and (config.best_worst % 2 or config.best_worst > config.group_size):
-        raise UserError(
-            f"method.best_worst = {config.best_worst} must be even and at most group_size = {config.group_size}"
-        )
+    check_best_worst(config.best_worst, config.group_size)
     used = (config.guidance != 0 and config.gradient == "model") or config.credit != "outcome"
     if config.train_beside and not used and config.distillation is None:
         raise UserError("method.train_beside trains a process reward that nothing asks: set it to false")

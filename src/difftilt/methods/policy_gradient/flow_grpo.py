@@ -30,8 +30,8 @@ from difftilt.models.protocol import RoleSpec, Trained
 from difftilt.process.masked import MaskedProcess
 from difftilt.sampling.protocol import Guide, NoiseSource, Observe, Trajectory
 from difftilt.sampling.solvers import DPMSolverPP
-from difftilt.sampling.windows import compressed, random_steps
-from difftilt.training.advantages import AdvantageConfig, Advantages
+from difftilt.sampling.windows import compressed
+from difftilt.training.advantages import AdvantageConfig, Advantages, check_best_worst, drawn_steps
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.policy_gradient import ChainConfig, ChainPolicyGradient, experience_of
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
@@ -106,13 +106,8 @@ class FlowGRPO(ChainPolicyGradient[Config]):
 
     def _trained(self, run: Run, experience: Experience, advantage: Tensor) -> Bool[Tensor, " edges"]:
         """False for samples that teach nothing or were not selected, and for steps not drawn."""
-        edges = experience.edges
-        mask = self.advantages.selected(run, advantage, experience.group)[edges.sample]
-        if self.config.step_fraction < 1 and len(edges.step):
-            first, last = int(edges.step.min()), int(edges.step.max())
-            drawn = random_steps(run.noise, experience.index, last - first + 1, self.config.step_fraction)
-            mask = mask & drawn[edges.sample, edges.step - first]
-        return mask
+        kept = self.advantages.selected(run, advantage, experience.group)[experience.edges.sample]
+        return kept & drawn_steps(run, experience, self.config.step_fraction)
 
     def phases(self, run: Run) -> Sequence[Phase]:
         """The surrogate with its KL, and the regression of the value where there is one."""
@@ -156,7 +151,4 @@ def _check(config: Config, task: Task) -> None:
         raise UserError(
             "method.component_weights belong to method.aggregation: set it, or weigh the rewards themselves"
         )
-    if config.best_worst is not None and (config.best_worst % 2 or config.best_worst > config.group_size):
-        raise UserError(
-            f"method.best_worst = {config.best_worst} must be even and at most group_size = {config.group_size}"
-        )
+    check_best_worst(config.best_worst, config.group_size)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -28,13 +28,14 @@ from difftilt.process.masked import MaskedProcess
 from difftilt.process.protocol import Condition
 from difftilt.rewards.compose import WeightedSum
 from difftilt.rewards.protocol import Scores
-from difftilt.sampling.completion import ODE, Granularity, Start, complete
+from difftilt.sampling.completion import ODE
 from difftilt.sampling.protocol import Edges, Moment, NoiseSource, Trajectory
 from difftilt.sampling.rollout import Plan, rollout, start_state, step_noise
 from difftilt.sampling.steps import GaussianStep
 from difftilt.statistics.folds import distinct
 from difftilt.training.advantages import NormaliserConfig
 from difftilt.training.experience import Experience, PromptBatch
+from difftilt.training.granularities import scored_views
 from difftilt.training.policy_gradient import PolicyGradient, PolicyGradientConfig, with_advantage
 from difftilt.training.protocol import Loss, Phase, Run, Task
 from difftilt.training.surrogate import surrogate_loss
@@ -88,9 +89,8 @@ class G2RPO(PolicyGradient[Config]):
         batch = replace(batch, group=batch.index // config.group_size)
         first, place = distinct(batch.group // count)
         anchor, moments = self._anchor(run, take(batch, first))
-        branches = [self._branch(run, batch, place, moments[k]) for k in self.trained]
-        views = {skip: self._completed(run, batch, branches, skip) for skip in config.granularities}
-        x_0, scores = views[min(views)]
+        branches = {k: self._branch(run, batch, place, moments[k]) for k in self.trained}
+        x_0, views = scored_views(run, batch, branches, self.grid, config.granularities)
         anchored = run.score(run.samples(anchor.x_0, take(batch, first))).components
         experience = Experience(
             index=batch.index,
@@ -98,11 +98,11 @@ class G2RPO(PolicyGradient[Config]):
             prompt=batch.prompt,
             condition=batch.condition,
             x_0=x_0,
-            rewards=scores.total,
-            components={**scores.components, **{f"anchor/{name}": r[place] for name, r in anchored.items()}},
-            edges=join([edges for edges, _ in branches]),
+            rewards=views[0].total,
+            components={**views[0].components, **{f"anchor/{name}": r[place] for name, r in anchored.items()}},
+            edges=join([edges for edges, _ in branches.values()]),
         )
-        advantage = self._advantage(run, batch.group, [scores for _, scores in views.values()])
+        advantage = self._advantage(run, batch.group, views)
         return with_advantage(experience, broadcast(advantage, experience.edges.sample))
 
     def _anchor(self, run: Run, prompts: PromptBatch) -> tuple[Trajectory, dict[int, Moment]]:
@@ -152,19 +152,6 @@ class G2RPO(PolicyGradient[Config]):
             parent=torch.full_like(rows, -1),
         )
         return edges, here.condition
-
-    def _completed(
-        self, run: Run, batch: PromptBatch, branches: Sequence[tuple[Edges, Condition]], skip: int
-    ) -> tuple[Shaped[Tensor, "samples *shape"], Scores]:
-        """Every sample by the ODE at one granularity, as the x0-prediction of its last evaluation, and its reward."""
-        starts: list[Start] = []
-        for position, (edges, condition) in zip(self.trained, branches, strict=True):
-            assert edges.x_s is not None
-            times = Granularity(skip)(self.grid, position + 1)
-            starts.append(Start(edges.x_s, condition, tuple(times.tolist())))
-        done = complete(run.denoiser("current"), starts, output="x0")
-        x_0 = torch.cat(done)[torch.cat([edges.sample for edges, _ in branches]).argsort()]
-        return x_0, run.score(run.samples(x_0, batch))
 
     def _advantage(
         self, run: Run, group: Int[Tensor, " samples"], views: Sequence[Scores]

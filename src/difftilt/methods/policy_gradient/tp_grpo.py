@@ -21,8 +21,8 @@ from difftilt.credit.gains import Assignment, Definition, step_rewards, turning_
 from difftilt.sampling.protocol import NoiseSource, Observe, Trajectory
 from difftilt.sampling.rollout import Plan
 from difftilt.training.advantages import NormaliserConfig
-from difftilt.training.completions import check_completions, score_along
-from difftilt.training.experience import Experience
+from difftilt.training.completions import ScoredChains, check_completions, score_along
+from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.policy_gradient import ChainConfig, ChainPolicyGradient
 from difftilt.training.protocol import Run, Task
 
@@ -69,15 +69,17 @@ class TPGRPO(ChainPolicyGradient[Config]):
 
     def collect(self, run: Run) -> Experience:
         """Roll out, score every state's completion, find turning points, compare."""
-        config = self.config
-        batch = run.prompts(config.groups, config.group_size)
+        batch = run.prompts(self.config.groups, self.config.group_size)
+        return self.chains(run, batch).experience(run, self.credit, self.config)
+
+    def chains(self, run: Run, batch: PromptBatch) -> ScoredChains:
+        """Rollouts with the reward of every state."""
 
         def roll(observe: Observe) -> Trajectory:
             return self.roll(run, batch, observe=observe)
 
         stochastic = self.plan(run.iteration, run.noise).stochastic
-        chains = score_along(run, batch, roll, self.grid, stochastic, one_first_state=config.share_start)
-        return chains.experience(run, self.credit, config)
+        return score_along(run, batch, roll, self.grid, stochastic, one_first_state=self.config.share_start)
 
     def credit(self, rewards: Float[Tensor, "samples states"]) -> Float[Tensor, "samples steps"]:
         """What the steps of all samples of the iteration are compared by."""
