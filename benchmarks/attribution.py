@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.paired import machine
 from benchmarks.signal import Setting, fingerprint, task_of
+from difftilt.checks.attribution import fitted_squares
 from difftilt.checks.trial import loop_of
 from difftilt.credit.group import group_advantage
 from difftilt.sampling.noise import Noise
@@ -201,17 +202,11 @@ def fits_of(loop: Loop, experience: Experience, seed: int) -> dict[int, tuple[fl
             if len(rows) < injected.shape[1] + 2:
                 continue
             shuffled = rows[torch.randperm(len(rows), generator=generator)]
-            sums[0] += _explained(injected[rows], advantage[rows])
-            sums[1] += _explained(injected[rows], advantage[shuffled])
+            sums[0] += fitted_squares(advantage[None, rows], injected[None, rows])
+            sums[1] += fitted_squares(advantage[None, shuffled], injected[None, rows])
             sums[2] += float(advantage[rows].square().sum())
         found[place] = (sums[0], sums[1], sums[2])
     return found
-
-
-def _explained(noise: Float[Tensor, "rows dim"], advantage: Float[Tensor, " rows"]) -> float:
-    """Sum of squares of the projection of the centred advantage on the centred noise."""
-    centred = noise - noise.mean(0)
-    return float((torch.linalg.qr(centred).Q.T @ (advantage - advantage.mean())).square().sum())
 
 
 def measure(setting: Setting, repeats: int) -> Row:

@@ -15,9 +15,14 @@ def explained(credit: Float[Tensor, "groups size"], noise: Float[Tensor, "groups
     Σ_groups |fitted|²/Σ_groups |credit - mean of its group|²; 0/0, where no group has any variance, is NaN. Groups need
     far more members than the noise has dimensions: :func:`chance` is what unrelated numbers have.
     """
+    total = (credit - credit.mean(1, keepdim=True)).double().square().sum()
+    return fitted_squares(credit, noise) / float(total) if total > 0 else float("nan")
+
+
+def fitted_squares(credit: Float[Tensor, "groups size"], noise: Float[Tensor, "groups size dim"]) -> float:
+    """Σ_groups |fitted|²: the sum of squares that a linear fit of the credit on the noise explains."""
     y, x = (credit - credit.mean(1, keepdim=True)).double(), (noise - noise.mean(1, keepdim=True)).double()
-    fitted = torch.linalg.qr(x).Q.mT @ y[..., None]
-    return float(fitted.square().sum() / y.square().sum())
+    return float((torch.linalg.qr(x).Q.mT @ y[..., None]).square().sum())
 
 
 def chance(size: int, dim: int) -> float:

@@ -368,17 +368,18 @@ def replay(
     preset: Preset,
     edges: Edges,
     condition: Condition,
-    guide: Guide | None = None,
+    *,
     state: Int[Tensor, " edges"] | None = None,
 ) -> Moment:
     """The moment of recorded edges under the weights of ``denoise``, with their gradient; its ``step`` drew them.
+
+    A guide moved it by what ``edges.extras`` holds as ``shift``, where the guided law was scored.
 
     Args:
         denoise: with the weights to score.
         preset: the one of the rollout.
         edges: rows of transitions.
         condition: one row per edge.
-        guide: given where the rollout scored the guided law.
         state: label of the state that each edge starts from: edges of one label are evaluated once, together.
     """
     if edges.x_t is None or edges.s is None:
@@ -390,6 +391,4 @@ def replay(
     if again is not None:
         prediction, condition = take(prediction, again), take(condition, again)
     step = preset.step(prediction, edges.x_t, edges.t, edges.s)
-    moment = Moment(prediction, edges.x_t, edges.t, edges.s, condition, step, edges.sample, edges.step)
-    delta = None if guide is None else guide(moment)
-    return moment if delta is None else replace(moment, step=step.shift(delta))
+    return Moment(prediction, edges.x_t, edges.t, edges.s, condition, step, edges.sample, edges.step)

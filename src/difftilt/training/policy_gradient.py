@@ -19,6 +19,7 @@ from difftilt.errors import UserError
 from difftilt.models.protocol import Lagging, RoleSpec
 from difftilt.process.masked import MaskedProcess
 from difftilt.rewards.protocol import Scores
+from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import Guide, NoiseSource, Observe, Trajectory
 from difftilt.sampling.rollout import Plan, rollout, start_state
 from difftilt.sampling.windows import Motion, moving_start, random_start, window_mask
@@ -178,17 +179,22 @@ class ChainPolicyGradient(PolicyGradient[ChainsConfig]):
         guide: Guide | None = None,
         observe: Observe | None = None,
         end: int | None = None,
+        plan: Plan | None = None,
+        preset: Preset | None = None,
     ) -> Trajectory:
-        """Chains of the current weights along the grid, or along its first ``end`` steps."""
+        """Chains of the current weights along the grid, or along its first ``end`` steps.
+
+        Under the plan and the preset of the method, unless others are given.
+        """
         return rollout(
             run.denoiser("current"),
-            self.preset,
+            preset or self.preset,
             self.grid[: None if end is None else end + 1],
             self.start(run, batch),
             batch.condition,
             noise=run.noise,
             index=batch.index,
-            plan=self.plan(run.iteration, run.noise),
+            plan=plan or self.plan(run.iteration, run.noise),
             guide=guide,
             observe=observe,
         )

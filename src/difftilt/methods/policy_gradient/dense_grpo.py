@@ -22,7 +22,7 @@ from difftilt.credit.gains import gains
 from difftilt.sampling.completion import Strides, remaining
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import Observe, Trajectory
-from difftilt.sampling.rollout import Plan, rollout
+from difftilt.sampling.rollout import Plan
 from difftilt.sampling.windows import window_mask
 from difftilt.training.advantages import NormaliserConfig
 from difftilt.training.calibration import Calibration, CalibrationConfig, calibrate, calibrated_preset
@@ -85,17 +85,7 @@ class DenseGRPO(ChainPolicyGradient[Config]):
         plan = Plan(stochastic=stochastic, output=self.config.output)
 
         def roll(observe: Observe) -> Trajectory:
-            return rollout(
-                run.denoiser("current"),
-                preset,
-                self.grid,
-                self.start(run, batch),
-                batch.condition,
-                noise=run.noise,
-                index=batch.index,
-                plan=plan,
-                observe=observe,
-            )
+            return self.roll(run, batch, observe=observe, plan=plan, preset=preset)
 
         return gains(self._along(run, batch, roll, stochastic).rewards)
 

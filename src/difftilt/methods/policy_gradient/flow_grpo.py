@@ -28,7 +28,7 @@ from difftilt.errors import UserError
 from difftilt.models.mlp import MLP
 from difftilt.models.protocol import RoleSpec, Trained
 from difftilt.process.masked import MaskedProcess
-from difftilt.sampling.protocol import Guide, NoiseSource, Observe, Trajectory
+from difftilt.sampling.protocol import NoiseSource, Trajectory
 from difftilt.sampling.solvers import DPMSolverPP
 from difftilt.sampling.windows import compressed
 from difftilt.training.advantages import AdvantageConfig, Advantages, check_best_worst, drawn_steps
@@ -77,29 +77,21 @@ class FlowGRPO(ChainPolicyGradient[Config]):
     def collect(self, run: Run) -> Experience:
         """Roll out groups, score, compare; the trained steps become edges with their sample's advantage."""
         batch = run.prompts(self.config.groups, self.config.group_size)
-        trajectory = self.roll(run, batch)
+        trajectory = self.finished(run, batch)
         experience = experience_of(batch, trajectory, run.score(run.samples(trajectory.x_0, batch)))
         advantage = self.advantages(run, experience)
         mask = self._trained(run, experience, advantage)
         edges = replace(experience.edges, advantage=broadcast(advantage, experience.edges.sample), mask=mask)
         return replace(experience, edges=edges)
 
-    def roll(
-        self,
-        run: Run,
-        batch: PromptBatch,
-        *,
-        guide: Guide | None = None,
-        observe: Observe | None = None,
-        end: int | None = None,
-    ) -> Trajectory:
-        """The whole grid, or with ``flash_steps`` the grid up to the window's end and a fast solver from there."""
+    def finished(self, run: Run, batch: PromptBatch) -> Trajectory:
+        """Chains along the whole grid, or with ``flash_steps`` to the window's end and by a fast solver from there."""
         flash, last = self.config.flash_steps, len(self.grid) - 1
         stochastic = self.plan(run.iteration, run.noise).stochastic
         if flash is None or stochastic is None:
-            return super().roll(run, batch, guide=guide, observe=observe, end=end)
+            return self.roll(run, batch)
         end = int(stochastic.nonzero().max()) + 1
-        trajectory = super().roll(run, batch, guide=guide, observe=observe, end=end)
+        trajectory = self.roll(run, batch, end=end)
         rest = compressed(self.grid[end:], min(flash, last - end))
         x_0 = DPMSolverPP()(run.denoiser("current"), trajectory.x_0, batch.condition, rest)
         return replace(trajectory, x_0=x_0)
