@@ -24,8 +24,9 @@ def save_arena_picture(result: ArenaResult, path: Path) -> None:
     """Two panels side by side."""
     figure = Figure(figsize=(11, 5.2), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
-    palette = colormaps["tab10"].resampled(10)
-    colours = {entry.name: palette(place % 10) for place, entry in enumerate(result.members)}
+    # ten colours that are easy to tell apart, or twenty where there are more members
+    palette = colormaps["tab10"] if len(result.members) <= 10 else colormaps["tab20"]
+    colours = {entry.name: palette(place % palette.N) for place, entry in enumerate(result.members)}
     _drift_panel(left, result, colours)
     _cost_panel(right, result, colours)
     handles = [
