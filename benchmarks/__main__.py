@@ -23,6 +23,7 @@ from benchmarks.sampling import (
     rollout_overhead,
     tree_overhead,
 )
+from benchmarks.sets import leave_one_out, swaps
 from benchmarks.training import grpo_overhead, nft_overhead
 from benchmarks.workload import SIZES, Size
 
@@ -35,7 +36,11 @@ BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
     "update_diffusion_nft": nft_overhead,
     "fk_steering": fk_overhead,
     "noise": noise_cost,
+    "sets_leave_one_out": leave_one_out,
+    "sets_swaps": swaps,
 }
+GROUPS = {"sets": ("sets_leave_one_out", "sets_swaps")}
+"""One name for several benchmarks."""
 STUDIES = ("signal", "attribution")
 """No timing: how much of a policy gradient is signal, and how much of an advantage the doing of its own step."""
 
@@ -47,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reports: list[Report] = []
     for name in [name for name in options.names if name in STUDIES]:
         study(name, options.size, options.repeats, options.output / f"{name}.json")
-    for name in [name for name in options.names if name in BENCHMARKS] or ([] if options.names else BENCHMARKS):
+    named = [one for name in options.names for one in GROUPS.get(name, (name,))]
+    for name in [name for name in named if name in BENCHMARKS] or ([] if options.names else BENCHMARKS):
         report = measure(BENCHMARKS[name](SIZES[options.size]), options.repeats)
         report.write(options.output)
         reports.append(report)
@@ -105,10 +111,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _known(text: str) -> str:
-    if text not in (*BENCHMARKS, *STUDIES):
-        raise argparse.ArgumentTypeError(
-            f"there is no benchmark {text!r}; there are {', '.join((*BENCHMARKS, *STUDIES))}"
-        )
+    known = (*BENCHMARKS, *GROUPS, *STUDIES)
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"there is no benchmark {text!r}; there are {', '.join(known)}")
     return text
 
 

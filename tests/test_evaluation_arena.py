@@ -514,3 +514,51 @@ def test_records_survive_their_file(finished: tuple[Path, ArenaResult]) -> None:
     assert sorted(stored, key=lambda run: (run.seed, run.member)) == sorted(
         result.runs, key=lambda run: (run.seed, run.member)
     )
+
+
+def curve_of(*numbers: float) -> tuple[Reading, ...]:
+    """Readings after 0, 10, 20, ... iterations, each iteration 100 evaluations and 4 reward calls."""
+    return tuple(
+        Reading(
+            numbers={"reward": value, "kl_reference": 2.0 * place},
+            cost=Ledger(1000 * place, 40 * place),
+            seconds=3.0 * place,
+            iterations=10 * place,
+        )
+        for place, value in enumerate(numbers)
+    )
+
+
+def test_a_target_tells_what_each_trained_member_spends_until_it_is_there(
+    finished: tuple[Path, ArenaResult],
+) -> None:
+    _, result = finished
+    curves = {0: curve_of(0.1, 0.2, 0.5, 0.4), 1: curve_of(0.1, 0.5, 0.2)}
+    runs = tuple(run.model_copy(update={"curve": curves[run.seed]}) if run.curve else run for run in result.runs)
+    recipe = result.recipe | {"arena": result.recipe["arena"] | {"target": 0.45}}
+    watched = result.model_copy(update={"runs": runs, "recipe": recipe, "heldout": "reward"})
+    table = grids(watched)[-1]
+    assert table.title == "Until reward reaches 0.45"
+    trained = [entry.name for entry in result.members if entry.kind == "trained"]
+    assert [row[0] for row in table.rows] == trained
+    cells = dict(zip(table.header, table.rows[0], strict=True))
+    assert cells["seeds that reach it"] == "2 of 2"
+    assert cells["iterations"] == "15 (10 to 20)"
+    assert cells["evaluations"] == "1 500 (1 000 to 2 000)"
+    assert cells["reward calls"] == "60 (40 to 80)"
+    never = watched.model_copy(update={"recipe": recipe | {"arena": recipe["arena"] | {"target": 9.0}}})
+    assert set(grids(never)[-1].rows[0][2:]) == {""}
+    assert grids(never)[-1].rows[0][1] == "0 of 2"
+
+
+def test_an_offline_member_ends_where_nothing_that_is_left_is_spent() -> None:
+    offline = {
+        "method": {"name": "gdro", "collect": 4, "groups": 2, "group_size": 2, "tau": 0.5},
+        "training": {"evaluate_every": 2},
+    }
+    arena = load_arena(values({"offline": offline}, evaluations=SAMPLES * STEPS + 600, reward_calls=1000))
+    stage, member = Stage(arena), arena.members[0]
+    run = run_member(stage, member, plan_of(stage, member), 0, lambda text: None)
+    assert run.readings["reward_calls"] == run.readings["evaluations"]
+    assert {one.cost.reward_calls for one in run.curve[1:]} == {8}
+    assert evaluations(run.readings["evaluations"].cost) <= SAMPLES * STEPS + 600

@@ -14,8 +14,8 @@ from difftilt.objectives import (
     surrogate_of_ratio,
     velocity_gap,
 )
+from difftilt.objectives.denoising import ErrorSpace
 from difftilt.objectives.kl import KLMode
-from difftilt.objectives.nft import NFTSpace
 from difftilt.process.gaussian import GaussianPrediction, GaussianProcess, RectifiedFlow, linear_schedule
 from difftilt.process.masked import MaskedProcess
 from difftilt.sampling.kernels import FlowSDE, Unmasking
@@ -178,7 +178,7 @@ def test_nft_velocity_space_by_its_equation() -> None:
 
 @pytest.mark.parametrize("space", ["x0", "velocity"])
 @pytest.mark.parametrize("process", [FLOW, linear_schedule()])
-def test_nft_does_not_see_the_parametrisation(space: NFTSpace, process: GaussianProcess) -> None:
+def test_nft_does_not_see_the_parametrisation(space: ErrorSpace, process: GaussianProcess) -> None:
     x_0, x_t, t, _, e_old, e, r = nft_case()
     new, old = (process.predict(output, x_t, t, "epsilon") for output in (e, e_old))
     value = nft_loss(new, old, x_0, r, nft_beta=0.3, space=space).value

@@ -15,7 +15,7 @@ from difftilt.sampling.noise import Noise
 from difftilt.sampling.presets import dance_sde, euler, flow_sde
 from difftilt.sampling.protocol import Moment, Trajectory
 from difftilt.sampling.rollout import Plan, replay, rollout, start_state
-from difftilt.trees import take
+from difftilt.trees import Pooled, join, take
 
 PROCESS = RectifiedFlow()
 NOISE = Noise(3)
@@ -262,3 +262,84 @@ def test_the_shift_of_a_guided_law_is_recorded_with_its_probability() -> None:
     step = replay(denoise(), flow_sde(), edges, None).step.shift(edges.extras["shift"])
     assert torch.equal(flow_sde().log_prob(step, edges.x_s), edges.log_prob)
     assert "shift" not in roll(torch.arange(8), Plan(record=every_step()), guide=push).edges.extras
+
+
+def chain_of(path: Trajectory, leaf: int) -> list[Tensor]:
+    """The recorded states of one sample, from its start to its end."""
+    edges, states, at = path.edges, list[Tensor](), int(path.last_edge[leaf])
+    assert edges.x_t is not None
+    assert edges.x_s is not None
+    assert edges.parent is not None
+    while at >= 0:
+        states.append(edges.x_s[at])
+        if int(edges.parent[at]) < 0:
+            states.append(edges.x_t[at])
+        at = int(edges.parent[at])
+    return states[::-1]
+
+
+def test_a_tree_stores_every_state_once() -> None:
+    plan = Plan(record=every_step(20), branch={0: 2, 3: 2, 6: 2, 9: 2}, spread=4.0)
+    grid, index = uniform_grid(20), torch.arange(3) * 16
+    x = start_state(PROCESS, NOISE, index, (2,))
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def watch(moment: Moment, x_s: Tensor) -> None:
+        seen[int(moment.position)] = (moment.x_t, x_s)
+
+    path = rollout(denoise(), flow_sde(0.7), grid, x, None, noise=NOISE, index=index, plan=plan, observe=watch)
+    start, end = path.edges.start, path.edges.end
+    assert start is not None
+    assert end is not None
+    # 203 evaluated nodes and 16 leaves for each of 3 roots, in one store that both ends of the 218 edges point into
+    assert len(start.store) == 3 * (203 + 16)
+    assert start.store is end.store
+    assert len(start.rows) == 3 * 218
+    for position, (x_t, x_s) in seen.items():
+        here = path.edges.step == position
+        assert torch.equal(start.rows[here], x_t)
+        assert torch.equal(end.rows[here], x_s)
+    assert torch.equal(chain_of(path, 17)[-1], path.x_0[17])
+    assert torch.equal(chain_of(path, 17)[0], x[1])
+
+
+def test_states_between_recorded_steps_that_are_apart_are_not_joined() -> None:
+    record = torch.tensor([True, False, True, True, False, False, False, False, False, False])
+    path = roll(torch.arange(4), Plan(record=record))
+    assert path.edges.start is not None
+    # steps 0, 2 and 3: the end of step 2 is the start of step 3, the end of step 0 starts nothing that is kept
+    assert len(path.edges.start.store) == 4 * 5
+    assert path.edges.x_t is not None
+    assert path.edges.x_s is not None
+    assert torch.equal(path.edges.x_s[4:8], path.edges.x_t[8:12])
+    assert not torch.equal(path.edges.x_s[:4], path.edges.x_t[4:8])
+
+
+def test_rows_of_edges_share_the_states_and_joined_edges_share_theirs() -> None:
+    edges = roll(torch.arange(4), Plan(record=every_step())).edges
+    some = torch.tensor([5, 0, 5])
+    kept = take(edges, some)
+    assert kept.start is not None
+    assert edges.start is not None
+    assert edges.x_t is not None
+    assert kept.x_t is not None
+    assert kept.start.store is edges.start.store
+    assert torch.equal(kept.x_t, edges.x_t[some])
+    again = join([kept, edges, take(edges, some[:1])])
+    assert again.start is not None
+    assert again.end is not None
+    assert again.start.store is again.end.store
+    assert len(again.start.store) == len(edges.start.store)
+    other = roll(torch.arange(7, 9), Plan(record=every_step())).edges
+    both = join([edges, other])
+    assert both.x_s is not None
+    assert edges.x_s is not None
+    assert other.x_s is not None
+    assert torch.equal(both.x_s, torch.cat([edges.x_s, other.x_s]))
+
+
+def test_pools_and_plain_rows_are_joined_in_order() -> None:
+    rows, store = torch.arange(4.0)[:, None], torch.arange(10.0, 13.0)[:, None]
+    both = join([{"x": Pooled(store, torch.tensor([2, 0]))}, {"x": rows}])["x"]
+    assert isinstance(both, Pooled)
+    assert torch.equal(both.rows[:, 0], torch.tensor([12.0, 10.0, 0.0, 1.0, 2.0, 3.0]))

@@ -18,6 +18,7 @@ from difftilt.training.base import MethodBase
 from difftilt.training.experience import Experience
 from difftilt.training.loop import Loop
 from difftilt.training.protocol import Loss, Phase, Run, Term
+from difftilt.trees import Pooled
 from training_runs import (
     METHODS,
     gradient,
@@ -83,7 +84,7 @@ def masked(experience: Experience) -> Experience:
     mask = torch.arange(len(experience.edges.step)) % 3 != 0
 
     def spoil(edges: Any) -> Any:
-        return replace(edges, x_s=torch.where(mask[:, None], edges.x_s, torch.nan), mask=mask)
+        return replace(edges, end=Pooled.of(torch.where(mask[:, None], edges.x_s, torch.nan)), mask=mask)
 
     return with_edges(experience, spoil)
 
@@ -213,14 +214,16 @@ def test_before_sees_a_whole_update_and_what_it_returns_is_trained() -> None:
     def before(rows: Experience) -> Experience:
         seen.append(len(rows.index))
         assert rows.edges.x_s is not None
-        return replace(rows, edges=replace(rows.edges, x_s=rows.edges.x_s.mean(0).expand(len(rows.index), -1)))
+        return replace(
+            rows, edges=replace(rows.edges, end=Pooled.of(rows.edges.x_s.mean(0).expand(len(rows.index), -1)))
+        )
 
     loop.updater.run_phase(method.phase(loop, before=before), make_experience(), NOISE)
     assert seen == [36]
     experience = make_experience()
     assert experience.edges.x_s is not None
     mean = experience.edges.x_s.mean(0).expand(36, -1)
-    direct = with_edges(experience, lambda edges: replace(edges, x_s=mean))
+    direct = with_edges(experience, lambda edges: replace(edges, end=Pooled.of(mean)))
     other, still = regression(64)
     still.updater.run_phase(other.phase(still), direct, NOISE)
     assert relative(gradient(still), gradient(loop)) < 1e-6
@@ -391,3 +394,33 @@ def test_microbatches_count_units_where_the_rows_of_one_share_a_state() -> None:
     method, loop = regression(forward_batch=2)
     loop.updater.run_phase(method.phase(loop, unit="group", one_state=True), make_experience(), NOISE)
     assert [len(piece) for piece in method.seen] == [24, 12]
+
+
+def test_a_level_keeps_groups_whole_in_an_update_and_one_step_of_a_group_whole_in_a_microbatch() -> None:
+    experience = make_experience()  # 3 groups of 4 samples, 3 steps each
+    method, loop = regression(forward_batch=2)  # smaller than a cell: a cell is never parted
+    loop.updater.run_phase(method.phase(loop, unit="level", updates=3), experience, NOISE)
+    groups = [experience.group[experience.edges.sample[piece]] for piece in method.seen]
+    steps = [experience.edges.step[piece] for piece in method.seen]
+    assert [len(piece) for piece in method.seen] == [4] * 9
+    assert all(len(group.unique()) == len(step.unique()) == 1 for group, step in zip(groups, steps, strict=True))
+    # the three cells of a group follow one another: they belong to one update
+    assert all(len(torch.cat(groups[start : start + 3]).unique()) == 1 for start in (0, 3, 6))
+    method, loop = regression(forward_batch=8)
+    loop.updater.run_phase(method.phase(loop, unit="level"), experience, NOISE)
+    assert [len(piece) for piece in method.seen] == [8, 8, 8, 8, 4]
+
+
+def test_microbatches_may_part_what_an_update_keeps_together() -> None:
+    method, loop = regression(forward_batch=5)
+    updates: list[set[int]] = []
+
+    def before(rows: Experience) -> Experience:
+        updates.append(set(rows.group.tolist()))
+        assert len(rows.group) == 12
+        return rows
+
+    phase = method.phase(loop, unit="group", micro="edge", updates=3, before=before)
+    loop.updater.run_phase(phase, make_experience(), NOISE)
+    assert sorted(map(sorted, updates)) == [[0], [1], [2]]
+    assert [len(piece) for piece in method.seen] == [5, 5, 2] * 3

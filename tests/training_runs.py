@@ -22,6 +22,7 @@ from difftilt.training.loop import Loop, TrainResult, assemble, train_task
 from difftilt.training.policy_gradient import PolicyGradient
 from difftilt.training.protocol import Method, Task
 from difftilt.training.world import World
+from difftilt.trees import Pooled
 
 METHODS = ("flow-grpo", "diffusion-nft")
 """One that learns from chains, one from the forward process."""
@@ -53,6 +54,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "gardo",
         {"base": "diffusion-nft", "share_start": False, "auxiliary": ("on_mode",), "gate_fraction": 0.2},
     ),
+    "crd": ("crd", {"centre": "batch", "temperature": 0.3, "draws": 3}),
+    "prdp": ("prdp", {"epochs": 2, "reduction": "sum", "temperature": 0.3, "clip_range": 0.05, "ema": 0.9}),
+    "gdro": ("gdro", {"collect": 8, "ema": 0.9}),
+    "dragon": ("dragon", {"levels": 2, "beta": 1.0, "sweeps": 2, "drop_below": 1e-3}),
     "b2-diffurl": ("b2-diffurl", {"kernel": "flow_sde", "noise_level": 0.7, "ema": 0.9}),
 }
 """Name of a case -> method and settings: every method, with the parts that speak to other processes or are saved."""
@@ -154,8 +159,8 @@ def make_experience(samples: int = 12, steps: int = 3, size: int = 4) -> Experie
         sample=sample,
         step=step,
         t=0.9 - 0.2 * step,
-        x_t=torch.randn(samples * steps, 2, generator=generator),
-        x_s=torch.randn(samples * steps, 2, generator=generator),
+        start=Pooled.of(torch.randn(samples * steps, 2, generator=generator)),
+        end=Pooled.of(torch.randn(samples * steps, 2, generator=generator)),
         parent=torch.where(step > 0, number - samples, -1),
         extras={"number": number},
     )

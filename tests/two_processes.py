@@ -50,10 +50,11 @@ def first_iteration(method: Method, task: Task, world: World) -> dict[str, Tenso
     with torch.no_grad():
         experience = method.collect(loop.run)
     per_edge, per_sample = experience.edges.advantage, experience.label
-    credit = per_sample if per_edge is None else per_edge
-    assert credit is not None
     assert experience.x_0 is not None
     assert experience.rewards is not None
+    # some methods compare rewards in their loss
+    per_sample = experience.rewards.clone() if per_sample is None else per_sample
+    credit = per_sample if per_edge is None else per_edge
     owner = experience.index if per_edge is None else experience.index[experience.edges.sample]
     names = ("x_0", "rewards", "group", "prompt", "credit", "owner")
     columns = (experience.x_0, experience.rewards, experience.group, experience.prompt, credit, owner)

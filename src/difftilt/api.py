@@ -9,13 +9,15 @@ from typing import Any, cast
 
 from torch import nn
 
-from difftilt.checks.collect import collect, run
+from difftilt.checks.collect import collect as proofs_under
+from difftilt.checks.collect import run
 from difftilt.checks.proof import Result
 from difftilt.evaluation.arena.records import ArenaResult
 from difftilt.evaluation.arena.run import compare_arena
 from difftilt.evaluation.report.page import write_report
 from difftilt.models.denoiser import denoiser
 from difftilt.recipes.building import build_task, laws_of, require
+from difftilt.recipes.collecting import collect_groups
 from difftilt.recipes.directory import CONFIG, check_output, run_directory
 from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe, run_of
 from difftilt.recipes.prompts import prompts_of
@@ -25,6 +27,7 @@ from difftilt.rewards import as_reward
 from difftilt.sampling.noise import Noise
 from difftilt.steering.protocol import Progress, Steerer
 from difftilt.training.loop import Hook, TrainResult, train_task
+from difftilt.training.offline import Manifest
 from difftilt.training.protocol import Method
 from difftilt.training.world import join_world
 
@@ -108,6 +111,33 @@ def steer(
     return result
 
 
+def collect(
+    recipe: RecipeLike,
+    output: str | Path,
+    *,
+    groups: int = 256,
+    group_size: int = 6,
+    resume: bool = False,
+    progress: Callable[[str], None] | None = None,
+    overrides: Sequence[str] = (),
+    **settings: object,
+) -> Manifest:
+    """Draw groups from the untrained model of a recipe and score them once, for methods that learn offline.
+
+    Args:
+        recipe: gives testbed, reward and seed; its method or steerer is not used.
+        output: new directory for ``data.safetensors`` and ``manifest.json``, or with ``resume`` one that was begun.
+        groups: number of groups; the training prompts take turns.
+        group_size: samples of each.
+        resume: draw what is missing.
+        progress: called with a sentence after every part.
+        overrides: ``dotted.key=value``, as on the command line.
+        settings: the same by keyword, e.g. ``seed``.
+    """
+    typed = _typed(recipe, overrides, settings)
+    return collect_groups(typed, Path(output), groups, group_size, resume=resume, tell=progress or _silent)
+
+
 def evaluate(
     what: RecipeLike,
     *,
@@ -181,7 +211,7 @@ def _silent(text: str) -> None:
 
 def check(names: Iterable[str] = (), quick: bool = False) -> list[Result]:
     """Measure the claims under the given names, or all of them; see :func:`difftilt.checks.collect.collect`."""
-    return list(run(collect(tuple(names), quick=quick)))
+    return list(run(proofs_under(tuple(names), quick=quick)))
 
 
 def _typed(recipe: RecipeLike, overrides: Sequence[str], settings: Mapping[str, object]) -> Recipe:

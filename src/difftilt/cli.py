@@ -120,6 +120,29 @@ def steer(
 
 
 @app.command()
+def collect(
+    recipe: RecipeName,
+    output: Annotated[Path, typer.Option(help="Directory; must be new or empty unless --resume is given.")],
+    overrides: Overrides = None,
+    groups: Annotated[int, typer.Option(min=1, help="Groups; the training prompts take turns.")] = 256,
+    group_size: Annotated[int, typer.Option(min=2, help="Samples of each group.")] = 6,
+    seed: Seed = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Draw what is missing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Draw groups from a recipe's untrained model and score them once, for methods that learn offline (data=DIR)."""
+    from difftilt import api
+
+    chosen = [*(overrides or []), *_shortcuts(seed=seed)]
+    sizes = {"groups": groups, "group_size": group_size}
+    made = api.collect(recipe, output, **sizes, resume=resume, progress=_line, overrides=chosen)
+    cost = f"{made.ledger['nfe']} network evaluations, {made.ledger['reward_calls']} reward calls"
+    _print(f"{made.groups} groups of {made.group_size} in {output}: {cost}")
+    if made.equal_groups:
+        _print(f"{made.equal_groups} groups have equal rewards: training leaves them out")
+
+
+@app.command()
 def evaluate(
     what: Annotated[str, typer.Argument(metavar="RECIPE|RUN_DIR", help=EVALUATED)],
     overrides: Overrides = None,

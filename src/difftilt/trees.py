@@ -1,11 +1,13 @@
 """Pytrees with a leading batch dimension: the one place that knows how to gather, join and move them.
 
-A *tree* is a tensor, ``None``, a mapping, tuple or list of trees, or a :class:`Batched` record. All its
-tensors share the leading dimension. Anything else (a process, a string, a number) is carried along unchanged.
+A *tree* is a tensor, ``None``, rows of a shared store (:class:`Pooled`), a mapping, tuple or list of trees, or a
+:class:`Batched` record. All its tensors share the leading dimension. Anything else (a process, a string, a number) is
+carried along unchanged.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,22 +20,50 @@ class Batched:
     """Marker for dataclasses whose tensor fields share a leading batch dimension, so that :func:`take` gathers them."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Pooled:
+    """Rows that share a store: row i is ``store[place[i]]``.
+
+    :func:`take` gathers places and leaves the store alone, :func:`join` joins each store once; for every other function
+    of trees it is the tensor of its rows.
+
+    Attributes:
+        store: (entries, ...), each kept once however many rows point to it.
+        place: (rows,) int64.
+    """
+
+    store: Tensor
+    place: Tensor
+
+    @staticmethod
+    def of(rows: Tensor) -> "Pooled":
+        """Rows that are a store of their own."""
+        return Pooled(rows, torch.arange(len(rows), device=rows.device))
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows themselves, gathered now."""
+        return self.store[self.place]
+
+
 def tree_map(function: Callable[[Tensor], Tensor], tree: T) -> T:
     """Apply ``function`` to every tensor of ``tree``; keep the structure and everything that is not a tensor."""
     return cast(T, _map(function, tree))
 
 
-def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+def _map(function: Callable[[Tensor], Tensor], tree: Any, pooled: Callable[[Pooled], Pooled] | None = None) -> Any:
     if isinstance(tree, Tensor):
         return function(tree)
+    if isinstance(tree, Pooled):
+        return function(tree.rows) if pooled is None else pooled(tree)
     if isinstance(tree, Batched):
         fields = dataclasses.fields(cast(Any, tree))
-        changes = {f.name: _map(function, getattr(tree, f.name)) for f in fields if f.init}
+        changes = {f.name: _map(function, getattr(tree, f.name), pooled) for f in fields if f.init}
         return dataclasses.replace(cast(Any, tree), **changes)
     if isinstance(tree, Mapping):
-        return {key: _map(function, value) for key, value in cast(Mapping[Any, Any], tree).items()}
+        return {key: _map(function, value, pooled) for key, value in cast(Mapping[Any, Any], tree).items()}
     if isinstance(tree, tuple | list):
-        items = [_map(function, value) for value in cast(Sequence[Any], tree)]
+        items = [_map(function, value, pooled) for value in cast(Sequence[Any], tree)]
         return tuple(items) if isinstance(tree, tuple) else items
     return tree
 
@@ -43,7 +73,11 @@ def take(tree: T, index: Tensor) -> T:
 
     The one gather of the library: resampled particles, minibatches and tree expansion all come through here.
     """
-    return tree_map(lambda leaf: leaf[index.to(leaf.device)], tree)
+
+    def rows(leaf: Tensor) -> Tensor:
+        return leaf[index.to(leaf.device)]
+
+    return cast(T, _map(rows, tree, lambda leaf: Pooled(leaf.store, rows(leaf.place))))
 
 
 def leaves(tree: Any) -> list[Tensor]:
@@ -60,9 +94,36 @@ def leaves(tree: Any) -> list[Tensor]:
 
 def join(trees: Sequence[T]) -> T:
     """Concatenate trees of one structure along the batch dimension."""
-    columns = [leaves(tree) for tree in trees]
-    rows = iter([torch.cat(list(parts)) for parts in zip(*columns, strict=True)])
-    return tree_map(lambda _: next(rows), trees[0])
+    columns = [_parts(tree) for tree in trees]
+    stores: dict[tuple[int, ...], Tensor] = {}
+    rows = iter([_joined(parts, stores) for parts in zip(*columns, strict=True)])
+    return cast(T, _map(lambda _: cast(Tensor, next(rows)), trees[0], lambda _: cast(Pooled, next(rows))))
+
+
+def _parts(tree: Any) -> list[Tensor | Pooled]:
+    found: list[Tensor | Pooled] = []
+
+    def keep(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    _map(keep, tree, keep)
+    return found
+
+
+def _joined(parts: Sequence[Tensor | Pooled], stores: dict[tuple[int, ...], Tensor]) -> Tensor | Pooled:
+    """One column of all trees; pools of the same stores share the joined one."""
+    if all(isinstance(part, Tensor) for part in parts):
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    pools = [Pooled.of(part) if isinstance(part, Tensor) else part for part in parts]
+    key = tuple(id(pool.store) for pool in pools)
+    first = {store: place for place, store in reversed([*enumerate(key)])}
+    kept = sorted(set(first.values()))
+    if key not in stores:
+        stores[key] = torch.cat([pools[place].store for place in kept])
+    offset = dict(zip(kept, accumulate((len(pools[place].store) for place in kept), initial=0), strict=False))
+    moved = [pool.place + offset[first[id(pool.store)]] for pool in pools]
+    return Pooled(stores[key], torch.cat(moved))
 
 
 def batch_size(tree: Any) -> int | None:

@@ -162,11 +162,12 @@ PROOFS = (
         lambda: leaf_law(0.3, "correlated"),
         at_most=4,
     ),
-    Proof("the same at eta 1", lambda: leaf_law(1.0, "correlated"), at_most=4),
+    Proof("the same at eta 1", lambda: leaf_law(1.0, "correlated"), at_most=4, long=True),
     Proof(
         "noise of 4 times the scale, as released, breaks the law of the leaves, eta 0.3, in standard errors",
         lambda: leaf_law(0.3, "scaled"),
         at_least=5,
+        long=True,
     ),
     Proof(
         "siblings of spread 4 have noise of covariance 1/17, in standard errors",

@@ -15,6 +15,8 @@ from torch import Tensor
 from difftilt.card import Card
 from difftilt.checks.proof import Proof
 from difftilt.checks.trial import gradient, loop_of, perturbed, with_reward
+from difftilt.leaves import load
+from difftilt.recipes.parts import config_of
 from difftilt.rewards.protocol import Samples
 from difftilt.testbeds.mixtures import Config as MixturesConfig
 from difftilt.testbeds.mixtures import Mixtures
@@ -25,6 +27,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "gardo": {"auxiliary": ("on_mode",)},
     "dense-grpo": {"calibration_rounds": 1, "calibration_samples": 8},
     "euphonium": {"fit_samples": 32, "fit_steps": 10},
+    "gdro": {"collect": 6},
 }
 """Settings without which a leaf refuses to begin, or prepares itself for long."""
 
@@ -32,6 +35,12 @@ NEEDED: dict[str, dict[str, Any]] = {
 def small(name: str) -> dict[str, Any]:
     """Settings of the run that measures the laws of a leaf."""
     return SMALL | NEEDED.get(name, {})
+
+
+def free(name: str) -> dict[str, Any]:
+    """The same without the KL term, where the leaf has a weight for it."""
+    fields = config_of(load("methods", name)).model_fields
+    return small(name) | ({"kl_weight": 0.0} if "kl_weight" in fields else {})
 
 
 def _task() -> Task:
@@ -52,8 +61,10 @@ def ratio_one(name: str) -> float:
     worst = 0.0
     for phase in loop.method.phases(loop.run):
         order = torch.arange(len(experience.edges.step)).flip(0)
-        for part in order.split(7):
-            loss = phase.loss(experience.rows(part), loop.run.noise)
+        rows = experience.rows(order)
+        rows = rows if phase.before is None else phase.before(rows)
+        for part in torch.arange(len(order)).split(7):
+            loss = phase.loss(rows.rows(part), loop.run.noise)
             worst = max(worst, float((loss.metrics["ratio"] - 1).abs().max()))
     return worst
 
@@ -61,7 +72,7 @@ def ratio_one(name: str) -> float:
 def constant_reward(name: str) -> float:
     """Norm of the gradient, without the KL term, when all samples score the same."""
     task = with_reward(_task(), lambda samples: torch.full((len(samples.media),), 0.3))
-    return float(gradient(name, task, **small(name), kl_weight=0.0).norm())
+    return float(gradient(name, task, **free(name)).norm())
 
 
 def offset_per_prompt(name: str) -> float:
@@ -72,8 +83,8 @@ def offset_per_prompt(name: str) -> float:
     def moved(samples: Samples) -> Tensor:
         return base.score(samples) + torch.tensor([8.0 * int(prompt[-1]) for prompt in samples.prompts])
 
-    plain = gradient(name, with_reward(task, base.score), **small(name), kl_weight=0.0)
-    return _gap(plain, gradient(name, with_reward(_task(), moved), **small(name), kl_weight=0.0))
+    plain = gradient(name, with_reward(task, base.score), **free(name))
+    return _gap(plain, gradient(name, with_reward(_task(), moved), **free(name)))
 
 
 def batch_split(name: str) -> float:

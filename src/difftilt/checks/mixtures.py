@@ -14,6 +14,7 @@ from torch import Tensor
 from difftilt.checks.proof import Proof
 from difftilt.models.denoiser import denoiser
 from difftilt.models.mixture import GaussianMixture
+from difftilt.rewards.vector import VectorReward
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.rollout import rollout
@@ -68,6 +69,7 @@ def _beds() -> Iterator[Mixtures]:
 
 def _weights(bed: Mixtures, x: Tensor) -> Float[Tensor, " rows"]:
     reward = bed.reward()
+    assert isinstance(reward, VectorReward)
     point = reward.point
     score = x @ point if reward.kind == "linear" else -(x - point).square().sum(1)
     return (score.double() / bed.config.temperature).exp()

@@ -10,7 +10,7 @@ from difftilt.checks.proof import Proof
 from difftilt.credit import group_advantage, optimality
 from difftilt.credit.optimality import OptimalityMode
 from difftilt.objectives import (
-    NFTSpace,
+    ErrorSpace,
     clipped_surrogate,
     exact_kl,
     flow_grpo_kl,
@@ -53,7 +53,7 @@ class Posterior:
         """v_old: the posterior mean of the velocity, (dim,)."""
         return self.chance @ self.velocity
 
-    def loss(self, v: Tensor, r: Tensor, beta: float, space: NFTSpace = "velocity") -> Tensor:
+    def loss(self, v: Tensor, r: Tensor, beta: float, space: ErrorSpace = "velocity") -> Tensor:
         """Rows of the loss of a network that says v at x_t."""
         old, new = (
             GaussianPrediction(self.process, u.expand_as(self.x_t), "velocity", self.x_t, self.t) for u in (self.old, v)
@@ -103,7 +103,7 @@ def nft_beta_ratio() -> float:
     return (small.norm() / large.norm()).item()
 
 
-def nft_null_gradient(space: NFTSpace, *, negative_branch: bool = True) -> float:
+def nft_null_gradient(space: ErrorSpace, *, negative_branch: bool = True) -> float:
     """Largest gradient of any row's loss at v = v_old, with the r of a constant reward.
 
     Without the negative branch the row is max_advantage/beta·r·(error of the positive branch) alone, which the loss is

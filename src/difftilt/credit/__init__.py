@@ -28,6 +28,7 @@ from difftilt.credit.group import (
 from difftilt.credit.history import History, Stages, normalise, push, push_and_normalise, stage_scores
 from difftilt.credit.optimality import OptimalityMode, optimality
 from difftilt.credit.selection import Contrast, contrast
+from difftilt.credit.sets import Partition, partners, swap_sets, top_half
 from difftilt.credit.tree import Width, depth_advantage, kept_leaves, path_fusion, width_mask
 from difftilt.credit.uncertainty import Fraction, mean_doubt, scope_of, suspects, uncertainty, wins
 
@@ -37,6 +38,7 @@ __all__ = [
     "History",
     "Normaliser",
     "OptimalityMode",
+    "Partition",
     "Stages",
     "Width",
     "aggregate",
@@ -55,6 +57,7 @@ __all__ = [
     "nearest_distance",
     "normalise",
     "optimality",
+    "partners",
     "path_fusion",
     "per_step",
     "push",
@@ -64,6 +67,8 @@ __all__ = [
     "standardise",
     "step_rewards",
     "suspects",
+    "swap_sets",
+    "top_half",
     "turning_points",
     "uncertainty",
     "width_mask",

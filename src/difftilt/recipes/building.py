@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, cast
 
 from difftilt.card import Card
+from difftilt.config import Config
 from difftilt.errors import UserError
 from difftilt.leaves import find, nearest
 from difftilt.process.gaussian import GaussianProcess
@@ -12,6 +14,7 @@ from difftilt.process.masked import MaskedProcess
 from difftilt.recipes.parts import Part
 from difftilt.recipes.schema import Recipe, RewardWeights
 from difftilt.rewards import Reward, WeightedSum, as_reward
+from difftilt.training.offline import load_data
 from difftilt.training.protocol import Task
 
 NEEDS: dict[str, tuple[Callable[[Task], bool], str]] = {
@@ -39,7 +42,11 @@ NEEDS: dict[str, tuple[Callable[[Task], bool], str]] = {
         lambda task: task.reward.capabilities.set_valued,
         "its reward scores samples: give a reward of sets",
     ),
-    "data": (lambda task: task.data is not None, "it has no offline data"),
+    "offline data": (
+        lambda task: task.data is not None,
+        "make some with `difftilt collect` and name them with data=DIR, or set method.collect to the number of groups "
+        "to draw before training",
+    ),
     "environment": (lambda task: task.environment is not None, "it is no environment"),
 }
 """What a card may name under ``needs`` -> (whether a task offers it, why not and what to do where it does not)."""
@@ -57,9 +64,11 @@ def build_task(recipe: Recipe) -> Task:
         task = replace(task, reward=as_reward(recipe.reward.build(task)))
     if recipe.weights is not None:
         task = replace(task, reward=_weighted(testbed, recipe.weights))
+    if recipe.data is not None:
+        task = replace(task, data=load_data(Path(recipe.data), task, recipe.resolved().get("reward")))
     algorithm = recipe.method or recipe.steerer
     if algorithm is not None and ":" not in algorithm.name:
-        check_needs(find(algorithm.kind, algorithm.name).card, task)
+        check_needs(find(algorithm.kind, algorithm.name).card, task, algorithm.config)
     return task
 
 
@@ -73,14 +82,20 @@ def _weighted(testbed: object, chosen: RewardWeights) -> WeightedSum:
     return WeightedSum(rewards, chosen.weights, chosen.normalise)
 
 
-def check_needs(card: Card, task: Task) -> None:
-    """Refuse a task that does not offer everything that the card needs."""
+def check_needs(card: Card, task: Task, config: Config) -> None:
+    """Refuse a task that does not offer everything that the card needs.
+
+    Offline data that the configuration lets the method draw itself need not be offered.
+    """
     for need in card.needs:
+        if need == "offline data" and getattr(config, "collect", None) is not None:
+            continue
         if need not in NEEDS:
             raise UserError(f"{card.name} needs {need!r}, which nothing can be tested for; {nearest(need, NEEDS)}")
         met, remedy = NEEDS[need]
         if not met(task):
-            raise UserError(f"{card.name} needs a {need}, which {task.name!r} does not offer: {remedy}")
+            article = "" if need.endswith("data") else "a "
+            raise UserError(f"{card.name} needs {article}{need}, which {task.name!r} does not offer: {remedy}")
 
 
 def require(recipe: Recipe, section: Literal["method", "steerer"]) -> Part:

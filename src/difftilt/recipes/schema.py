@@ -39,7 +39,7 @@ class RewardWeights(Config):
     """Standardise each component by its group or by the batch before it is weighted."""
 
 
-SECTIONS = ("testbed", "reward", "method", "steerer", "training", "steering")
+SECTIONS = ("testbed", "reward", "method", "steerer", "training", "steering", "data")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Recipe:
         weights: replaces it by a sum of rewards of the testbed.
         training: of the loop.
         steering: of the call.
+        data: directory of a data set that the method learns from, made by ``difftilt collect``.
     """
 
     source: str
@@ -65,6 +66,7 @@ class Recipe:
     weights: RewardWeights | None
     training: TrainingConfig
     steering: SteeringConfig
+    data: str | None = None
 
     def resolved(self) -> dict[str, Any]:
         """Plain values with every default filled in; :func:`load_recipe` takes them back to an equal recipe."""
@@ -72,6 +74,8 @@ class Recipe:
         values: dict[str, Any] = {name: part.resolved() for name, part in parts.items() if part is not None}
         if self.weights is not None:
             values["reward"] = dump(self.weights)
+        if self.data is not None:
+            values["data"] = self.data
         if self.method is not None:
             return values | {"training": dump(self.training)}
         return values | {"steering": dump(self.steering)}
@@ -125,6 +129,7 @@ def type_recipe(values: Mapping[str, Any], source: str) -> Recipe:
     weights = problems.parse(RewardWeights, values["reward"], "reward") if summed else None
     training = _settings(TrainingConfig, values, "training", "method", problems)
     steering = _settings(SteeringConfig, values, "steering", "steerer", problems)
+    data = _data(values, problems)
     problems.check(source)
     return Recipe(
         source,
@@ -135,10 +140,22 @@ def type_recipe(values: Mapping[str, Any], source: str) -> Recipe:
         weights,
         cast(TrainingConfig, training),
         cast(SteeringConfig, steering),
+        data,
     )
 
 
 _PART_KINDS = {"testbed": "testbeds", "method": "methods", "steerer": "steerers", "reward": "rewards"}
+
+
+def _data(values: Mapping[str, Any], problems: Problems) -> str | None:
+    data = values.get("data")
+    if data is None:
+        return None
+    if not isinstance(data, str) or not data:
+        problems.add(f"data = {data!r}: must be the directory of a data set")
+    if "method" not in values:
+        problems.add("data: has no meaning without a section 'method'")
+    return str(data)
 
 
 def _settings(

@@ -5,25 +5,42 @@ cannot serve is refused before any work. ``evaluate`` is the one place that call
 scores. To add one, write a file with a ``CARD``, or hand any function of samples to ``as_reward``.
 
 Traps: a NaN, a missing sample or a wrong shape raises ``RewardError``; a failure is never read as 0. A set reward
-returns one number per group, in order of group index. ``WeightedSum`` logs every component before its weight.
+returns one number per group, in order of group index; a pooled one takes all samples as one set. ``WeightedSum`` logs
+every component before its weight.
 """
 
 from difftilt.rewards.base import FunctionReward, as_reward
 from difftilt.rewards.compose import Moments, WeightedSum
+from difftilt.rewards.corrected import Corrected
+from difftilt.rewards.instances import FrechetPerSample, MeanReward, as_set
 from difftilt.rewards.protocol import Capabilities, Reward, Samples, Scores, SetReward, TrainedReward
-from difftilt.rewards.scoring import evaluate, score_components
+from difftilt.rewards.reference import ReferenceSet
+from difftilt.rewards.scoring import encode, evaluate, score_components
+from difftilt.rewards.sets import CoverageReward, FrechetReward, MMDReward, VendiReward
+from difftilt.rewards.wins import win_rate
 
 __all__ = [
     "Capabilities",
+    "Corrected",
+    "CoverageReward",
+    "FrechetPerSample",
+    "FrechetReward",
     "FunctionReward",
+    "MMDReward",
+    "MeanReward",
     "Moments",
+    "ReferenceSet",
     "Reward",
     "Samples",
     "Scores",
     "SetReward",
     "TrainedReward",
+    "VendiReward",
     "WeightedSum",
     "as_reward",
+    "as_set",
+    "encode",
     "evaluate",
     "score_components",
+    "win_rate",
 ]

@@ -84,6 +84,7 @@ class WeightedSum:
         return Capabilities(
             differentiable=all(part.differentiable for part in parts),
             set_valued=all(part.set_valued for part in parts),
+            pooled=all(part.pooled for part in parts),
             trained=self.normalise == "running",
             cost=sum(part.cost for part in parts),
         )

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from difftilt.process.protocol import Condition
+from difftilt.statistics.states import SetState
 from difftilt.trees import take
 
 
@@ -17,7 +18,8 @@ class Samples:
 
     Attributes:
         media: decoded samples. Floats in [0, 1]: images (batch, channel, height, width), video (batch, frame, channel,
-            height, width), audio (batch, channel, time); tokens (batch, position) int64; vectors (batch, dim).
+            height, width); audio (batch, channel, time) in [-1, 1]; tokens (batch, position) int64; vectors
+            (batch, dim).
         prompts: the user's prompts, one per sample.
         used_prompts: prompts after rewriting; equal to ``prompts`` where nothing rewrote them.
         group: index of the group that each sample is compared in; set rewards score one group at a time.
@@ -63,6 +65,8 @@ class Capabilities:
     Attributes:
         differentiable: gradients flow from the score to ``samples.media``.
         set_valued: scores sets, not samples: ``score`` then returns one number per group.
+        pooled: all samples of a batch or of an evaluation are one set, whatever their group, over all processes; such a
+            reward is a :class:`SetReward`.
         features: offers ``features(samples)`` for diversity and set statistics.
         trained: has ``update`` and ``snapshot``.
         cost: rough cost of one call in network evaluations; only ranks rewards.
@@ -72,6 +76,7 @@ class Capabilities:
 
     differentiable: bool = False
     set_valued: bool = False
+    pooled: bool = False
     features: bool = False
     trained: bool = False
     cost: float = 0.0
@@ -93,15 +98,25 @@ class Reward(Protocol):
         ...
 
 
+@runtime_checkable
 class SetReward(Reward, Protocol):
     """A reward of a set, split so that a search over sets encodes every sample once."""
 
+    @property
+    def smallest(self) -> int:
+        """Fewest samples that have a score."""
+        ...
+
     def features(self, samples: Samples) -> Float[Tensor, "batch dim"]:
-        """Embedding of each sample; counts as one reward call per sample."""
+        """Embedding of each sample, without gradient; counts as one reward call per sample."""
         ...
 
     def score_features(self, features: Float[Tensor, "batch dim"]) -> float:
         """Score of the set with these embeddings; free in the ledger."""
+        ...
+
+    def begin(self, features: Float[Tensor, "batch dim"], members: Int[Tensor, " members"]) -> SetState:
+        """The scores of a set of rows of a pool, of the sets without one member and of those with one exchanged."""
         ...
 
 

@@ -1,6 +1,6 @@
 """The one door through which samples reach a reward: counted, checked, every component kept."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -8,44 +8,52 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difftilt.errors import RewardError
+from difftilt.errors import RewardError, UserError
 from difftilt.models.ledger import Ledger
 from difftilt.rewards.compose import WeightedSum, to_members
-from difftilt.rewards.protocol import Reward, Samples, Scores
+from difftilt.rewards.protocol import Reward, Samples, Scores, SetReward
 
 SHOWN = 5
 """How many rows an error message lists."""
 
+Gather = Callable[[Tensor], Tensor]
+"""The rows of this process -> the rows of all processes."""
 
-def evaluate(reward: Reward, samples: Samples, ledger: Ledger) -> Scores:
+
+def _alone(column: Tensor) -> Tensor:
+    return column
+
+
+def evaluate(reward: Reward, samples: Samples, ledger: Ledger, gather: Gather = _alone) -> Scores:
     """Score the samples: the total and each component, float32 (batch,), finite; gradients are kept.
 
     The members of a set receive the score of their set. A weighted sum counts one reward call per sample and
     component, in ``ledger``, and reports its components before weights and normalisation; nested sums are named
-    ``outer/inner``. Any other reward is its own one component.
+    ``outer/inner``. Any other reward is its own one component. The set of a pooled reward is what ``gather`` makes of
+    the features of these samples, and every sample receives its score.
 
     Raises:
         RewardError: if a reward raises, or returns anything but one finite score for each sample (or set).
     """
-    components = score_components(reward, samples, ledger)
+    components = score_components(reward, samples, ledger, gather)
     return Scores(_total(reward, components, samples), components)
 
 
-def score_components(reward: Reward, samples: Samples, ledger: Ledger) -> dict[str, Tensor]:
+def score_components(reward: Reward, samples: Samples, ledger: Ledger, gather: Gather = _alone) -> dict[str, Tensor]:
     """Component name -> checked float32 (batch,) scores; a sum that is itself a component is already added up.
 
     What depends on other rows (``WeightedSum.combine``) is left to the caller, who may hold the rows of all processes.
     """
     if not isinstance(reward, WeightedSum):
-        return {reward.name: _checked(reward, reward.name, samples, ledger)}
+        return {reward.name: _checked(reward, reward.name, samples, ledger, gather)}
     found: dict[str, Tensor] = {}
     for key, part in reward.rewards.items():
         if isinstance(part, WeightedSum):
-            inner = score_components(part, samples, ledger)
+            inner = score_components(part, samples, ledger, gather)
             found |= {f"{key}/{name}": scores for name, scores in inner.items()}
             found[key] = _total(part, inner, samples)
         else:
-            found[key] = _checked(part, key, samples, ledger)
+            found[key] = _checked(part, key, samples, ledger, gather)
     return found
 
 
@@ -66,8 +74,41 @@ def _first_members(group: Tensor) -> Tensor:
     return (group == labels[:, None]).int().argmax(dim=1)
 
 
-def _checked(reward: Reward, name: str, samples: Samples, ledger: Ledger) -> Float[Tensor, " batch"]:
+def encode(reward: SetReward, samples: Samples, ledger: Ledger) -> Float[Tensor, "batch dim"]:
+    """Features of the samples, on their device: counted as one reward call each, finite, without gradient.
+
+    Raises:
+        RewardError: if the reward raises, or returns anything but one finite vector for each sample.
+    """
+    rows = len(samples.group)
+    ledger.reward_calls += rows
+    with _Blame(reward.name, rows):
+        features = reward.features(samples).detach()
+    if features.dim() != 2 or len(features) != rows:
+        raise RewardError(
+            f"reward {reward.name!r} encoded {rows} samples as shape {tuple(features.shape)}; its encoder must return "
+            "one vector for each sample, shape (batch, dim)"
+        )
+    _check_finite(reward.name, features.double().sum(1), samples, None)
+    # whatever device the encoder works on: a search indexes features by the samples' own columns
+    return features.to(samples.group.device)
+
+
+def _pooled(reward: Reward, samples: Samples, ledger: Ledger, gather: Gather) -> Float[Tensor, " batch"]:
+    """The one score of all samples of all processes, for each of this one's."""
+    if not isinstance(reward, SetReward):
+        raise UserError(f"reward {reward.name!r} is pooled, but has no features that processes could share")
+    features = gather(encode(reward, samples, ledger))
+    with _Blame(reward.name, len(features)):
+        score = torch.tensor([reward.score_features(features)])
+    _check_finite(reward.name, score, samples, [0])
+    return score.expand(len(samples.group)).to(features.device)
+
+
+def _checked(reward: Reward, name: str, samples: Samples, ledger: Ledger, gather: Gather) -> Float[Tensor, " batch"]:
     """Call the reward and hold it to its contract."""
+    if reward.capabilities.pooled:
+        return _pooled(reward, samples, ledger, gather)
     rows = len(samples.group)
     ledger.reward_calls += rows
     with _Blame(name, rows):
@@ -85,7 +126,8 @@ class _Blame:
     """Turns whatever a reward raises into a :class:`RewardError` that names it; the cause is chained.
 
     A reward is foreign code and may raise anything; a context manager sees every exception without a handler that
-    could swallow one. What is not an ``Exception`` (an interrupt, an exit) passes.
+    could swallow one. What is not an ``Exception`` (an interrupt, an exit) passes, and so does a ``UserError``, with
+    which a reward says what is wrong with the run.
     """
 
     name: str
@@ -96,7 +138,7 @@ class _Blame:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, RewardError):
+        if isinstance(error, Exception) and not isinstance(error, RewardError | UserError):
             said = str(error).partition("\n")[0][:200]
             raise RewardError(
                 f"reward {self.name!r} raised {type(error).__name__} on samples 0 to {self.rows - 1}: {said}; "

@@ -14,7 +14,7 @@ from torch import Tensor
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.process.protocol import Condition, NoiseLaw, Prediction
-from difftilt.trees import Batched
+from difftilt.trees import Batched, Pooled
 
 Reduction = Literal["sum", "mean"]
 """How the dimensions of a latent are reduced: ``sum`` is the density, ``mean`` what most papers clip. Never implied."""
@@ -145,8 +145,8 @@ class Edges(Batched):
         step: index of the step on its grid, 0 at the noise end.
         t: time at which the edge starts, float32.
         s: time at which it ends; None where a method has no transitions (forward-process methods).
-        x_t: state at t.
-        x_s: state at s, exactly as stored: its log-probability was computed from this value.
+        start: state at t, kept once where an earlier edge ends in it or siblings share it; ``x_t`` reads it.
+        end: state at s, exactly as stored: its log-probability was computed from this value; ``x_s`` reads it.
         log_prob: behaviour log-probability of x_s under the preset's convention.
         mean: mean of the behaviour step, recorded only when asked for.
         parent: row of the nearest recorded edge before this one on its path; -1 if there is none.
@@ -159,14 +159,24 @@ class Edges(Batched):
     step: Int[Tensor, " edges"]
     t: Float[Tensor, " edges"]
     s: Float[Tensor, " edges"] | None = None
-    x_t: Shaped[Tensor, "edges *shape"] | None = None
-    x_s: Shaped[Tensor, "edges *shape"] | None = None
+    start: Pooled | None = None
+    end: Pooled | None = None
     log_prob: Float[Tensor, " edges"] | None = None
     mean: Float[Tensor, "edges *shape"] | None = None
     parent: Int[Tensor, " edges"] | None = None
     mask: Bool[Tensor, " edges"] | None = None
     advantage: Float[Tensor, "edges terms"] | None = None
     extras: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def x_t(self) -> Shaped[Tensor, "edges *shape"] | None:
+        """State at which each edge starts, gathered anew at every call."""
+        return None if self.start is None else self.start.rows
+
+    @property
+    def x_s(self) -> Shaped[Tensor, "edges *shape"] | None:
+        """State at which each edge ends, gathered anew at every call."""
+        return None if self.end is None else self.end.rows
 
 
 @dataclass(frozen=True)

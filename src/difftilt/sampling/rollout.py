@@ -31,10 +31,11 @@ from difftilt.sampling.protocol import (
     Step,
     Trajectory,
 )
+from difftilt.sampling.recording import Recorder
 from difftilt.sampling.steps import GaussianStep
 from difftilt.sampling.windows import window_mask
 from difftilt.statistics.folds import distinct
-from difftilt.trees import Batched, join, take
+from difftilt.trees import Batched, take
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,15 @@ def rollout(
     before = denoise.ledger.copy()
     walk = _Walk(denoise, preset, grid, noise, plan, guide, project, observe)
     row = torch.arange(len(x))
-    front = _Front(x, condition, index, row, torch.full_like(index, -1), plan.leaves)
+    nothing = torch.full_like(index, -1)
+    front = _Front(x, condition, index, row, nothing, nothing, plan.leaves)
     for position in range(grid.shape[-1] - 1):
         moving = walk.moving(front.row, position)
         if bool(moving.all()):
             front = walk.advance(front, position)
         elif bool(moving.any()):
             front = _merge(front, walk.advance(take(front, moving.nonzero()[:, 0]), position), moving)
-    edges = _collect(walk.recorded, front.last_edge)
+    edges = walk.recorder.collected(front.last_edge)
     root = front.row.to(x.device)
     return Trajectory(front.x, root, take(condition, root), edges, front.last_edge, denoise.ledger - before)
 
@@ -155,7 +157,8 @@ class _Front(Batched):
     """The states under way, one row for every leaf so far.
 
     ``row`` is the input row it grew from, on the CPU, where it selects grids and windows; ``last_edge`` its newest
-    recorded edge; ``leaves`` the finished samples that will come of each row.
+    recorded edge; ``stored`` the place of its state among the recorded ones, -1 if it is not there; ``leaves`` the
+    finished samples that will come of each row.
     """
 
     x: Tensor
@@ -163,12 +166,13 @@ class _Front(Batched):
     index: Tensor
     row: Tensor
     last_edge: Tensor
+    stored: Tensor
     leaves: int
 
 
 @dataclass
 class _Walk:
-    """The constants of one rollout, and the edges recorded so far."""
+    """The constants of one rollout, and what is recorded so far: edges, and the states that they point into."""
 
     denoise: Denoiser
     preset: Preset
@@ -178,7 +182,7 @@ class _Walk:
     guide: Guide | None
     project: Project | None
     observe: Observe | None
-    recorded: list[Edges] = field(default_factory=list[Edges])
+    recorder: Recorder = field(default_factory=Recorder)
 
     def moving(self, row: Int[Tensor, " rows"], position: int) -> Bool[Tensor, " rows"]:
         """Rows that have begun and whose step has a length."""
@@ -200,10 +204,10 @@ class _Walk:
         prediction = self.denoise(front.x, t, condition)
         front = replace(front, condition=condition)
         children = self.plan.branch.get(position, 1)
-        shared = None
+        shared, parent = None, torch.arange(len(front.x), device=front.x.device)
         if children > 1:
             shared = front.index.repeat_interleave(children)
-            again = torch.arange(len(front.x), device=front.x.device).repeat_interleave(children)
+            again = parent = parent.repeat_interleave(children)
             front, prediction, t, s = _split(front, again, children), take(prediction, again), t[again], s[again]
         stochastic = self.plan.stochastic_rows(front.row, position)
         step = self._step(prediction, front.x, t, s, stochastic)
@@ -214,10 +218,10 @@ class _Walk:
             x_s = self.project(x_s, s, front.condition)
         if self.observe is not None:
             self.observe(moment, x_s)
-        last_edge = self._record(front, moment, drawing, shift, x_s, stochastic)
+        last_edge, stored = self._record(front, moment, drawing, shift, x_s, stochastic, parent)
         if self.plan.output == "x0" and position == self.grid.shape[-1] - 2:
             x_s = prediction.x0
-        return replace(front, x=x_s, last_edge=last_edge)
+        return replace(front, x=x_s, last_edge=last_edge, stored=stored)
 
     def _step(self, prediction: Prediction, x: Tensor, t: Tensor, s: Tensor, stochastic: Tensor) -> Step:
         if bool(stochastic.all()):
@@ -250,40 +254,57 @@ class _Walk:
         return siblings(common, own, self.plan.spread, self.plan.siblings)
 
     def _record(
-        self, front: _Front, moment: Moment, drawing: Step, shift: Tensor | None, x_s: Tensor, stochastic: Tensor
-    ) -> Tensor:
-        """Append the recorded rows of this step; returns every row's newest edge."""
-        position = int(moment.position)
+        self,
+        front: _Front,
+        moment: Moment,
+        drawing: Step,
+        shift: Tensor | None,
+        x_s: Tensor,
+        stochastic: Tensor,
+        parent: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Append the recorded rows of this step; returns every row's newest edge, and where its new state is stored.
+
+        Rows of one ``parent`` start from one state.
+        """
+        position, nowhere = int(moment.position), torch.full_like(front.stored, -1)
         if self.plan.record is None or not bool(self.plan.record[position]):
-            return front.last_edge
+            return front.last_edge, nowhere
         scored = self.plan.score != "none"
         keep = stochastic if scored and not drawing.deterministic else torch.full_like(stochastic, not scored)
         rows = keep.nonzero()[:, 0].to(x_s.device)
-        count = sum(len(part.step) for part in self.recorded)
-        numbers = torch.arange(count, count + len(rows), device=x_s.device)
+        if not len(rows):
+            return front.last_edge, nowhere
         guided = self.plan.score == "guided" and self.guide is not None
         extras: dict[str, Tensor] = {}
         if guided:
             still = moment.t.new_zeros((len(x_s), *drawing.noise_shape))
             extras[SHIFT] = still if shift is None else shift
-        kept = _Passage(moment.t, moment.s, front.x, x_s, drawing if guided else moment.step, extras)
+        kept = _Passage(
+            moment.t,
+            moment.s,
+            front.x,
+            x_s,
+            drawing if guided else moment.step,
+            front.stored,
+            front.last_edge,
+            parent,
+            extras,
+        )
         if len(rows) < len(keep):
             kept = take(kept, rows)
-        if len(rows):
-            edges = Edges(
-                sample=torch.zeros_like(numbers),
-                step=torch.full_like(numbers, position),
-                t=kept.t,
-                s=kept.s,
-                x_t=kept.x_t,
-                x_s=kept.x_s,
-                log_prob=self.preset.log_prob(kept.step, kept.x_s) if scored else None,
-                mean=kept.step.mean if self.plan.means and isinstance(kept.step, GaussianStep) else None,
-                parent=front.last_edge[rows],
-                extras=kept.extras,
-            )
-            self.recorded.append(edges)
-        return front.last_edge.index_copy(0, rows, numbers)
+        edges = Edges(
+            sample=torch.zeros_like(rows),
+            step=torch.full_like(rows, position),
+            t=kept.t,
+            s=kept.s,
+            log_prob=self.preset.log_prob(kept.step, kept.x_s) if scored else None,
+            mean=kept.step.mean if self.plan.means and isinstance(kept.step, GaussianStep) else None,
+            parent=kept.last_edge,
+            extras=kept.extras,
+        )
+        number, ends = self.recorder.add(edges, kept.x_t, kept.x_s, kept.stored, kept.parent)
+        return front.last_edge.index_copy(0, rows, number), nowhere.index_copy(0, rows, ends)
 
 
 @dataclass(frozen=True)
@@ -295,6 +316,9 @@ class _Passage(Batched):
     x_t: Tensor
     x_s: Tensor
     step: Step
+    stored: Tensor
+    last_edge: Tensor
+    parent: Tensor
     extras: dict[str, Tensor]
 
 
@@ -315,6 +339,10 @@ def _split(front: _Front, again: Tensor, children: int) -> _Front:
     return replace(split, index=split.index + offset, leaves=leaves)
 
 
+CHANGED = ("x", "last_edge", "stored")
+"""What a step changes in a row that goes on."""
+
+
 def _merge(front: _Front, moved: _Front, moving: Bool[Tensor, " rows"]) -> _Front:
     """``front`` with the moved rows written back.
 
@@ -324,25 +352,7 @@ def _merge(front: _Front, moved: _Front, moving: Bool[Tensor, " rows"]) -> _Fron
     if isinstance(moved.condition, Stateful):
         raise ValueError("rows with state of their own must move together: complete states of one time at a time")
     rows = moving.nonzero()[:, 0].to(front.x.device)
-    last_edge = front.last_edge.index_copy(0, rows, moved.last_edge)
-    return replace(front, x=front.x.index_copy(0, rows, moved.x), last_edge=last_edge)
-
-
-def _collect(parts: list[Edges], last_edge: Int[Tensor, " leaves"]) -> Edges:
-    """All edges in order of step, each with the first leaf whose path holds it."""
-    if not parts:
-        none = torch.zeros(0, dtype=torch.int64, device=last_edge.device)
-        return Edges(none, none, torch.zeros(0, device=last_edge.device))
-    edges = join(parts)
-    assert edges.parent is not None
-    owner = torch.full_like(edges.parent, len(last_edge))
-    samples = torch.arange(len(last_edge), device=last_edge.device)
-    at = last_edge
-    while bool((at >= 0).any()):
-        live = at >= 0
-        owner.scatter_reduce_(0, at[live], samples[live], "amin")
-        at = torch.where(live, edges.parent[at.clamp(min=0)], at)
-    return replace(edges, sample=owner)
+    return replace(front, **{name: getattr(front, name).index_copy(0, rows, getattr(moved, name)) for name in CHANGED})
 
 
 def sample(

@@ -29,22 +29,36 @@ from difftilt.statistics.folds import (
     segment_softmax,
     segment_sum,
 )
+from difftilt.statistics.moments import FrechetReference, FrechetState, SetMoments
 from difftilt.statistics.sets import (
     coverage,
+    covered,
     frechet_distance,
     frechet_from_moments,
     kernel_distance,
     mmd_squared,
     mode_shares,
+    neighbour_radius,
     polynomial_kernel,
     rbf_kernel,
     vendi_score,
 )
+from difftilt.statistics.states import CoverageState, KernelState, MeanState, Negated, RecomputedState, SetState
 from difftilt.statistics.transport import energy_distance, random_directions, sliced_wasserstein, wasserstein_1d
 
 __all__ = [
+    "CoverageState",
+    "FrechetReference",
+    "FrechetState",
+    "KernelState",
+    "MeanState",
+    "Negated",
+    "RecomputedState",
+    "SetMoments",
+    "SetState",
     "compact",
     "coverage",
+    "covered",
     "empirical",
     "energy_distance",
     "enumerate_sequences",
@@ -57,6 +71,7 @@ __all__ = [
     "mean_group_diversity",
     "mmd_squared",
     "mode_shares",
+    "neighbour_radius",
     "polynomial_kernel",
     "random_directions",
     "rbf_kernel",

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 Points = Float[Tensor, "rows dim"]
@@ -68,11 +68,12 @@ def mmd_squared(x: Points, y: Others, kernel: Kernel, *, unbiased: bool = True) 
     Unbiased leaves the pairs of a sample with itself out, may be negative, and has mean 0 for equal laws.
     """
     x, y = x.double(), y.double()
-    within = _mean_within(kernel(x, x), unbiased) + _mean_within(kernel(y, y), unbiased)
+    within = mean_within(kernel(x, x), unbiased) + mean_within(kernel(y, y), unbiased)
     return within - 2 * kernel(x, y).mean()
 
 
-def _mean_within(gram: Float[Tensor, "rows rows"], unbiased: bool) -> Float[Tensor, ""]:
+def mean_within(gram: Float[Tensor, "rows rows"], unbiased: bool) -> Float[Tensor, ""]:
+    """Mean of the kernel over pairs of rows; unbiased without the pairs of a row with itself."""
     size = len(gram)
     return (gram.sum() - gram.trace()) / (size * (size - 1)) if unbiased else gram.mean()
 
@@ -89,18 +90,31 @@ def vendi_score(features: Points, kernel: Kernel | None = None) -> Float[Tensor,
         features: (rows, dim).
         kernel: with k(x, x) = 1; None is the cosine of the features (Friedman and Dieng 2023).
     """
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
-    gram = unit @ unit.T if kernel is None else kernel(features.double(), features.double())
+    if kernel is None:
+        unit = torch.nn.functional.normalize(features.double(), dim=1)
+        # X X^T and X^T X have the same eigenvalues but for zeros, which have no entropy
+        gram = unit.T @ unit if unit.shape[1] < len(unit) else unit @ unit.T
+    else:
+        gram = kernel(features.double(), features.double())
     eigenvalues = torch.linalg.eigvalsh(gram / len(features)).clamp(min=0)
     return torch.special.entr(eigenvalues).sum().exp()
 
 
 def coverage(reference: Points, samples: Others, neighbours: int = 5) -> Float[Tensor, ""]:
     """Share of reference points with a sample within the distance of their k-th neighbour (Naeem et al. 2020)."""
-    reference, samples = reference.double(), samples.double()
-    # the nearest of a point to its own set is itself, so the k-th neighbour is entry k
-    radius = torch.cdist(reference, reference).sort(dim=1).values[:, neighbours]
-    return (torch.cdist(reference, samples).amin(dim=1) <= radius).double().mean()
+    return covered(reference, samples, neighbour_radius(reference, neighbours)).any(1).double().mean()
+
+
+def neighbour_radius(reference: Points, neighbours: int = 5) -> Float[Tensor, " rows"]:
+    """Distance of each reference point to its k-th neighbour among the references, float64."""
+    reference = reference.double()
+    # the nearest of a point to its own set is itself, so the k-th neighbour is the (k + 1)-th smallest
+    return torch.cdist(reference, reference).kthvalue(neighbours + 1, dim=1).values
+
+
+def covered(reference: Points, samples: Others, radius: Float[Tensor, " rows"]) -> Bool[Tensor, "rows others"]:
+    """Whether each sample lies within the radius of each reference point."""
+    return torch.cdist(reference.double(), samples.double()) <= radius[:, None]
 
 
 def mode_shares(samples: Points, modes: Float[Tensor, "modes dim"], radius: float) -> Float[Tensor, " modes"]:

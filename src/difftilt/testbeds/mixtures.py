@@ -22,14 +22,15 @@ from difftilt.process.gaussian import GaussianProcess, RectifiedFlow, VariancePr
 from difftilt.process.grid import uniform_grid
 from difftilt.process.protocol import Condition
 from difftilt.rewards import as_reward
-from difftilt.rewards.protocol import Samples
-from difftilt.rewards.vector import VectorReward, distance, linear, quadratic
+from difftilt.rewards.protocol import Reward, Samples
+from difftilt.rewards.vector import distance, linear, quadratic
 from difftilt.sampling.exact import ExactAncestral
 from difftilt.sampling.kernels import DDIM, FlowSDE
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Kernel, Sampler
 from difftilt.sampling.solvers import EulerSolver
 from difftilt.statistics import energy_distance, histogram, total_variation
+from difftilt.testbeds.mixture_sets import closeness, variety
 from difftilt.training.protocol import Task
 
 CARD = Card(
@@ -72,8 +73,14 @@ class Config(BaseConfig):
     """Stochastic kernel of plain sampling: Flow-SDE, DDIM with eta 1, or the exact reverse step."""
     noise_level: float = Field(default=0.7, gt=0)
     """Of the Flow-SDE."""
-    reward: Literal["linear", "quadratic", "distance"] = "distance"
-    """b·x, -|x - c|², or -|x - c|; the tilted law of the last has no closed form."""
+    reward: Literal["linear", "quadratic", "distance", "frechet", "vendi"] = "distance"
+    """b·x, -|x - c|², -|x - c|, whose tilted law has no closed form; or of a set of samples minus the squared Fréchet
+    distance to N(c, reference_std²·I), or the effective number of different samples. Sets have no tilted law."""
+    reference_std: float = Field(default=0.5, gt=0)
+    """Of the law that ``frechet`` compares with."""
+    embedding: Literal["modes", "coordinates"] = "modes"
+    """What ``vendi`` sees: the soft membership in the modes, or the coordinates under an RBF kernel of bandwidth 1,
+    which pays for leaving the data."""
     direction: tuple[float, ...] = ()
     """b of the linear reward; empty is the first unit vector."""
     centre: tuple[float, ...] = ()
@@ -142,8 +149,12 @@ class Mixtures:
         """C of the quadratic and the distance reward."""
         return torch.tensor(self.config.centre) if self.config.centre else self.mixture.means[0]
 
-    def reward(self) -> VectorReward:
-        """What the configuration names; differentiable."""
+    def reward(self) -> Reward:
+        """What the configuration names; differentiable unless it is of sets."""
+        if self.config.reward == "frechet":
+            return closeness(self.centre, self.config.reference_std)
+        if self.config.reward == "vendi":
+            return variety(self.mixture if self.config.embedding == "modes" else None)
         if self.config.reward == "linear":
             return linear(self.direction)
         return quadratic(self.centre) if self.config.reward == "quadratic" else distance(self.centre)
@@ -218,7 +229,10 @@ class Mixtures:
             return self.base(label).tilted_linear(self.direction, beta)
         if self.config.reward == "quadratic":
             return self.base(label).tilted_quadratic(self.centre, 2.0, beta)
-        raise UserError("the distance reward has no closed-form tilted law: use linear or quadratic, or target_samples")
+        raise UserError(
+            f"the {self.config.reward} reward has no closed-form tilted law: use linear or quadratic, or for distance "
+            "target_samples"
+        )
 
     def soft_value(
         self,
@@ -239,8 +253,8 @@ class Mixtures:
         base = self.base(label)
         if self.config.reward == "linear":
             return base.soft_value_linear(self.process, x_t, t, self.direction, beta)
-        if self.config.reward == "distance":
-            raise UserError("the distance reward has no closed-form soft value: use linear or quadratic")
+        if self.config.reward != "quadratic":
+            raise UserError(f"the {self.config.reward} reward has no closed-form soft value: use linear or quadratic")
         means, variance = base.posterior(self.process, x_t, t)
         spread = 1 + 2 / beta * variance
         gap = (means - self.centre.to(x_t)).square().sum(-1)

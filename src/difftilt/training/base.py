@@ -34,3 +34,8 @@ class MethodBase:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Nothing to restore."""
+
+
+def warm_decay(n: int, largest: float) -> float:
+    """min((1 + n)/(10 + n), largest) after n optimiser steps."""
+    return min((1 + n) / (10 + n), largest)

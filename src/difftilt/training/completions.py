@@ -16,8 +16,8 @@ from difftilt.sampling.completion import Ahead, Grid, Schedule, Start, complete,
 from difftilt.sampling.protocol import Observe, Trajectory
 from difftilt.statistics.folds import distinct
 from difftilt.training.advantages import NormaliserConfig
-from difftilt.training.experience import Experience, PromptBatch
-from difftilt.training.policy_gradient import experience_of, with_advantage
+from difftilt.training.experience import Experience, PromptBatch, scored_experience
+from difftilt.training.policy_gradient import with_advantage
 from difftilt.training.protocol import Run, Task
 from difftilt.trees import take
 
@@ -83,7 +83,9 @@ class ScoredChains:
         advantage: Tensor = run.jointly(compare, self.rewards, self.batch.group)
         edges = self.trajectory.edges
         own = advantage[edges.sample, edges.step - self.first]
-        return with_advantage(experience_of(self.batch, self.trajectory, self.scores), own[:, None])
+        return with_advantage(
+            scored_experience(self.batch, self.trajectory.x_0, self.trajectory.edges, self.scores), own[:, None]
+        )
 
 
 def score_along(

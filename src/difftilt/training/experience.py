@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from difftilt.process.protocol import Condition
+from difftilt.rewards.protocol import Scores
 from difftilt.sampling.protocol import Edges
 from difftilt.trees import Batched, join, take
 
@@ -99,6 +100,20 @@ class Experience:
     def _samples(self, index: Tensor) -> dict[str, Any]:
         names = [name for name in self.__dataclass_fields__ if name != "edges"]
         return {name: take(getattr(self, name), index) for name in names}
+
+
+def scored_experience(batch: PromptBatch, x_0: Tensor, edges: Edges, scores: Scores | None) -> Experience:
+    """The record of finished samples, not yet credited; None where the reward has no number for a single sample."""
+    return Experience(
+        index=batch.index,
+        group=batch.group,
+        prompt=batch.prompt,
+        condition=batch.condition,
+        x_0=x_0,
+        rewards=None if scores is None else scores.total,
+        components={} if scores is None else scores.components,
+        edges=edges,
+    )
 
 
 def _follow(place: Int[Tensor, " old"], pointer: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:

@@ -36,12 +36,14 @@ class Gallery:
         heldout: of each prompt, whether training never sees it.
         size: samples per prompt.
         score: what the samples are scored by: the task's headline.
+        rate: samples per second of audio; None for other media.
     """
 
     prompts: Sequence[str]
     heldout: Sequence[bool]
     size: int
     score: str
+    rate: int | None = None
 
 
 def gallery_of(task: Task) -> Gallery:
@@ -52,7 +54,7 @@ def gallery_of(task: Task) -> Gallery:
     prompts = [*heldout, *trained]
     images = len(task.model.shape) >= 3 and not task.model.dtype_tokens
     size = IMAGES if images else max(1, OTHERS // len(prompts))
-    return Gallery(prompts, [prompt in unseen for prompt in prompts], size, task.headline)
+    return Gallery(prompts, [prompt in unseen for prompt in prompts], size, task.headline, task.rate)
 
 
 @dataclass(frozen=True)
@@ -103,4 +105,4 @@ def save_gallery(directory: Path, step: int, gallery: Gallery, shown: Shown) -> 
         stored = media.to(torch.complex64)  # safetensors knows no wider type
     tensors = {"media": stored.contiguous().clone(), "score": shown.score.float().cpu().contiguous().clone()}
     save_file(tensors, directory / f"step_{step}.safetensors")
-    save_picture(directory, f"step_{step}", media, columns=gallery.size if media.dim() == 4 else None)
+    save_picture(directory, f"step_{step}", media, columns=gallery.size if media.dim() in (3, 4) else None)

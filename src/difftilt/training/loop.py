@@ -278,9 +278,12 @@ def _reward_row(run: LoopRun, experience: Experience) -> Row:
     if experience.rewards is None:
         return {}
     rewards, group = run.gather(experience.rewards.double(), experience.group)
-    row: Row = {"reward_mean": float(rewards.mean()), "reward_std": float(rewards.std(correction=0))}
+    row: Row = {"reward_mean": float(rewards.mean())}
     for name, values in experience.components.items():
         row[f"reward/{name}"] = float(run.gather(values)[0].double().mean())
+    if run.task.reward.capabilities.set_valued:
+        return row  # a set has one score: there is no spread over its members
+    row["reward_std"] = float(rewards.std(correction=0))
     groups = [rewards[group == one] for one in group.unique()]
     spread = [float(members.std(correction=0)) for members in groups if len(members) > 1]
     if spread:  # a single sample has no variance to lose

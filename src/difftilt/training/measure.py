@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from difftilt.models.ledger import Ledger
@@ -14,9 +14,9 @@ from difftilt.rewards.protocol import Samples
 from difftilt.sampling.drift import path_kl
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
-from difftilt.sampling.rollout import sample, start_state
 from difftilt.statistics.diversity import mean_group_diversity
 from difftilt.training.experience import PromptBatch
+from difftilt.training.plain import draw
 from difftilt.training.protocol import Task
 from difftilt.training.run import LoopRun
 from difftilt.training.world import World
@@ -36,7 +36,7 @@ class Measured:
         numbers: ``reward``, ``reward/<component>``, every held-out reward, ``kl_reference``, ``diversity``. Of reward
             and held-out rewards also ``<name>_std``, the population std over samples; of held-out rewards that declare
             one also ``<name>_tolerance``; of the task's headline also ``<name>@<category>``, the mean over the prompts
-            of each category that the task knows.
+            of each category that the task knows. A pooled reward scores all samples as one set: it has only its name.
         samples: decoded, of this process.
     """
 
@@ -67,15 +67,6 @@ def measure(run: LoopRun, role: str, sampler: Sampler, count: int, seed: int) ->
         drift = drift_of(run, role, x_0[few], take(batch, few.nonzero()[:, 0]), noise)
         numbers["kl_reference"] = float(run.world.gather(drift).mean())
     return Measured(numbers, samples)
-
-
-def draw(
-    run: LoopRun, role: str, sampler: Sampler, batch: PromptBatch, noise: Noise
-) -> Shaped[Tensor, "samples *shape"]:
-    """Plain sampling with the weights of ``role``, counted in the run's ledger."""
-    denoise = run.denoiser(role, sampler.guidance)
-    x_t = start_state(denoise.process, noise, batch.index, run.task.model.shape)
-    return sample(denoise, sampler, x_t, batch.condition, noise=noise, index=batch.index)
 
 
 def numbers_of(run: LoopRun, samples: Samples) -> dict[str, float]:
@@ -114,14 +105,19 @@ def _spread(task: Task, groups: int) -> Int[Tensor, " groups"]:
 def _rewards(run: LoopRun, samples: Samples) -> dict[str, float]:
     scores = run.score(samples)
     numbers = {f"reward/{name}": float(run.gather(value)[0].mean()) for name, value in scores.components.items()}
+    rewards = {"reward": run.task.reward} | dict(run.task.heldout)
     columns = {"reward": scores.total}
     columns |= {name: run.score_with(reward, samples).total for name, reward in run.task.heldout.items()}
     for name, column in columns.items():
         values = run.gather(column.double())[0]
-        numbers |= {name: float(values.mean()), f"{name}_std": float(values.std(correction=0))}
+        numbers[name] = float(values.mean())
+        if not rewards[name].capabilities.pooled:  # one set has one score, and neither spread nor kinds of prompts
+            numbers[f"{name}_std"] = float(values.std(correction=0))
     for name, reward in run.task.heldout.items():
         if reward.capabilities.tolerance is not None:
             numbers[f"{name}_tolerance"] = reward.capabilities.tolerance
+    if rewards[run.task.headline].capabilities.pooled:
+        return numbers
     return numbers | _by_category(run, columns[run.task.headline], samples.prompts)
 
 

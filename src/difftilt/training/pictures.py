@@ -11,12 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 SHOWN = 64
+SPECTROGRAM = 64
+"""Pixels of the height and width of a spectrogram."""
 LARGEST = 1e30
 """Points farther out are left out of a plot: the arithmetic of its layout overflows on them."""
 
 
 def save_picture(directory: Path, name: str, media: Tensor, columns: int | None = None) -> Path:
-    """A grid of images, a scatter plot of other floats, or a list of tokens as JSON; returns the file written.
+    """A grid of images, or of spectrograms of audio, a scatter plot of vectors, tokens as JSON; returns the file.
 
     Of complex numbers the modulus is drawn. What is not finite is black in an image and left out of a plot.
 
@@ -34,6 +36,8 @@ def save_picture(directory: Path, name: str, media: Tensor, columns: int | None 
         path.write_text(json.dumps(_spread(media).tolist()))
         return path
     path = directory / f"{name}.png"
+    if media.dim() == 3:
+        media = spectrograms(media)
     if media.dim() == 4:
         shown = _spread(media) if columns is None else media
         image_grid(shown.float(), columns).save(path)
@@ -60,6 +64,22 @@ def image_grid(images: Float[Tensor, "batch channel height width"], columns: int
         canvas[top : top + height, left : left + width] = colour.permute(1, 2, 0)
     picture = Image.fromarray((canvas * 255).round().to(torch.uint8).numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def spectrograms(audio: Float[Tensor, "batch channel time"]) -> Float[Tensor, "batch 1 height width"]:
+    """Pictures of audio in [-1, 1], the mean over channels: time to the right, frequency upwards, loud is white.
+
+    Power in decibels from -70 (black) to 0, where a sine of full scale is 0; linear in frequency, up to half the rate.
+    What is not finite is silence.
+    """
+    waves = audio.detach().float().nan_to_num(0.0, posinf=0.0, neginf=0.0).mean(1)
+    window = torch.hann_window(max(16, waves.shape[1] // 4))
+    length = len(window)
+    padded = torch.nn.functional.pad(waves, (length // 2, length // 2))
+    spectrum = torch.stft(padded, length, max(1, length // 8), window=window, center=False, return_complex=True)
+    level = 20 * (spectrum.abs() / (window.sum() / 2)).clamp(min=1e-6).log10()
+    shown = torch.nn.functional.adaptive_max_pool2d((level / 70 + 1).clamp(0, 1)[:, None], SPECTROGRAM)
+    return shown.flip(2)
 
 
 def _scatter(points: Float[Tensor, "batch dim"], path: Path) -> None:

@@ -18,12 +18,11 @@ from difftilt.config import Config as Settings
 from difftilt.errors import UserError
 from difftilt.models.protocol import Lagging, RoleSpec
 from difftilt.process.masked import MaskedProcess
-from difftilt.rewards.protocol import Scores
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import Guide, NoiseSource, Observe, Trajectory
 from difftilt.sampling.rollout import Plan, rollout, start_state
 from difftilt.sampling.windows import Motion, moving_start, random_start, window_mask
-from difftilt.training.base import MethodBase
+from difftilt.training.base import MethodBase, warm_decay
 from difftilt.training.config import GroupSampling
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.grids import grid_of
@@ -200,31 +199,12 @@ class ChainPolicyGradient(PolicyGradient[ChainsConfig]):
         )
 
 
-def experience_of(batch: PromptBatch, trajectory: Trajectory, scores: Scores) -> Experience:
-    """The record of scored chains, not yet credited."""
-    return Experience(
-        index=batch.index,
-        group=batch.group,
-        prompt=batch.prompt,
-        condition=batch.condition,
-        x_0=trajectory.x_0,
-        rewards=scores.total,
-        components=scores.components,
-        edges=trajectory.edges,
-    )
-
-
 def with_advantage(experience: Experience, advantage: Float[Tensor, "edges terms"]) -> Experience:
     """The record with the advantage of every edge; edges whose advantages are all 0 teach nothing and are masked."""
     edges = experience.edges
     teaches = (advantage != 0).any(1)
     mask = teaches if edges.mask is None else edges.mask & teaches
     return replace(experience, edges=replace(edges, advantage=advantage, mask=mask))
-
-
-def warm_decay(n: int, largest: float) -> float:
-    """min((1 + n)/(10 + n), largest)."""
-    return min((1 + n) / (10 + n), largest)
 
 
 def _check_surrogate(config: SurrogateConfig, task: Task) -> None:

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser, GenerativeModel, Roles, RoleSpec
 from difftilt.process.protocol import Condition
-from difftilt.rewards.protocol import Reward, Samples, Scores
+from difftilt.rewards.protocol import Reward, Samples, Scores, SetReward
 from difftilt.sampling.protocol import NoiseSource, Sampler
 from difftilt.training.experience import Experience, PromptBatch
 
@@ -30,6 +30,7 @@ class Task:
         categories: prompt -> the kind of prompt it is; evaluations then report the headline of each kind as well.
         temperature: beta of the tilted target where the testbed knows it exactly; None otherwise.
         data: offline experience for methods that learn from it (preferred samples, scored groups).
+        rate: samples per second of audio media; None for other media.
         environment: for control; its rewards take the place of ``reward``.
     """
 
@@ -45,6 +46,7 @@ class Task:
     categories: Callable[[str], str] | None = None
     temperature: float | None = None
     data: Experience | None = None
+    rate: int | None = None
     environment: "Environment | None" = None
 
 
@@ -79,7 +81,10 @@ class Phase:
     Attributes:
         role: whose weights move; several roles step together on one loss (an actor and its critic).
         loss: (rows, noise) -> loss. ``rows`` come from :meth:`Experience.rows`; ``noise`` is new in each epoch.
-        unit: what stays together when the experience is shuffled and split, microbatches included.
+        unit: what stays together when the experience is shuffled and split, microbatches included. ``level`` keeps a
+            group together in an update, but only its rows of one step together in a microbatch.
+        micro: what stays together in a microbatch, where that is less than ``unit``; None is ``unit``. Losses of whole
+            groups that are linear in their rows once ``before`` has seen them (``training.two_pass``) take ``edge``.
         updates: optimiser steps per epoch, over disjoint parts of the experience. Methods whose roles alternate use 1.
         epochs: passes over the experience in one iteration.
         select: experience -> edges that this phase trains on; None is all that are not masked.
@@ -95,7 +100,8 @@ class Phase:
 
     role: str | tuple[str, ...]
     loss: "Callable[[Experience, NoiseSource], Loss]"
-    unit: Literal["edge", "sample", "group"] = "edge"
+    unit: Literal["edge", "sample", "group", "level"] = "edge"
+    micro: Literal["edge", "sample", "group", "level"] | None = None
     updates: int = 1
     epochs: int = 1
     select: Callable[[Experience], Tensor] | None = None
@@ -136,6 +142,14 @@ class Run(Protocol):
         """
         ...
 
+    def stored(self, data: Experience, rows: Int[Tensor, "count size"], groups: int) -> Experience:
+        """This process's share of ``groups`` groups of a data set; fixed by seed and iteration.
+
+        Endless passes over all groups, each in another order. ``rows`` has one line of places in ``data`` for each
+        group. Index and group are numbered anew within the iteration; conditions are encoded from the prompts.
+        """
+        ...
+
     def samples(self, x_0: Tensor, batch: PromptBatch | Experience) -> Samples:
         """Decode latents into what a reward may see; gradients flow where grad mode is on."""
         ...
@@ -146,6 +160,10 @@ class Run(Protocol):
 
     def score_with(self, reward: Reward, samples: Samples) -> Scores:
         """The same with another reward than the task's own, counted all the same."""
+        ...
+
+    def features(self, reward: SetReward, samples: Samples) -> Float[Tensor, "samples dim"]:
+        """Embeddings that a reward of sets sees, one reward call per sample."""
         ...
 
     def gather(self, *columns: Tensor) -> tuple[Tensor, ...]:

@@ -15,8 +15,8 @@ from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser, Roles
 from difftilt.process.protocol import Condition
 from difftilt.rewards.compose import WeightedSum
-from difftilt.rewards.protocol import Reward, Samples, Scores
-from difftilt.rewards.scoring import evaluate
+from difftilt.rewards.protocol import Reward, Samples, Scores, SetReward
+from difftilt.rewards.scoring import encode, evaluate
 from difftilt.sampling.noise import Noise
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.protocol import Task
@@ -80,7 +80,8 @@ class LoopRun:
 
     def prompts(self, groups: int, size: int) -> PromptBatch:
         share = self.world.share(groups, "groups per iteration")
-        prompt = self._prompts_at([self.iteration * groups + slot for slot in share])
+        places = [self.iteration * groups + slot for slot in share]
+        prompt = self._in_turn(places, len(self.task.prompts), "prompts")
         group = torch.tensor(list(share)).repeat_interleave(size)
         return self.batch(prompt.repeat_interleave(size), group, first=share.start * size)
 
@@ -91,12 +92,22 @@ class LoopRun:
         index = torch.arange(first, first + len(prompt))
         return PromptBatch(index.to(self.device), group.to(self.device), prompt.to(self.device), condition)
 
-    def _prompts_at(self, places: Sequence[int]) -> Int[Tensor, " places"]:
-        """The prompts at places of the endless sequence of shuffled passes over the training prompts."""
-        count, noise = len(self.task.prompts), self.noise.at(0)
+    def _in_turn(self, places: Sequence[int], count: int, purpose: str) -> Int[Tensor, " places"]:
+        """What stands at places of the endless sequence of shuffled passes over ``count`` things."""
+        noise = self.noise.at(0)
         passes = {place // count for place in places}
-        order = {number: noise.permutation(count, purpose="prompts", step=number) for number in passes}
+        order = {number: noise.permutation(count, purpose=purpose, step=number) for number in passes}
         return torch.stack([order[place // count][place % count] for place in places])
+
+    def stored(self, data: Experience, rows: Int[Tensor, "count size"], groups: int) -> Experience:
+        share = self.world.share(groups, "groups per iteration")
+        places = [self.iteration * groups + slot for slot in share]
+        chosen = rows[self._in_turn(places, len(rows), "stored groups")].reshape(-1)
+        size = rows.shape[1]
+        slots = torch.tensor(list(share)).repeat_interleave(size)
+        batch = self.batch(data.prompt[chosen], slots, first=share.start * size)
+        drawn = to_device(replace(data, condition=None).take(chosen), self.device)
+        return replace(drawn, index=batch.index, group=batch.group, prompt=batch.prompt, condition=batch.condition)
 
     def samples(self, x_0: Tensor, batch: PromptBatch | Experience, heldout: bool = False) -> Samples:
         texts = self.task.heldout_prompts if heldout else self.task.prompts
@@ -112,18 +123,28 @@ class LoopRun:
         A sum that standardises its parts over the batch does so over the batch of all processes, except inside a loss
         (where gradients are on), which sees a microbatch anyway.
         """
+        self._check_finite(samples)
+        start = time.perf_counter()
+        scores = evaluate(reward, samples, self.ledger, self.world.gather)
+        if isinstance(reward, WeightedSum) and reward.normalise in ("batch", "running") and not torch.is_grad_enabled():
+            scores = replace(scores, total=self._combined(reward, scores, samples))
+        self.reward_seconds += time.perf_counter() - start
+        return scores
+
+    def features(self, reward: SetReward, samples: Samples) -> Float[Tensor, "samples dim"]:
+        self._check_finite(samples)
+        start = time.perf_counter()
+        features = encode(reward, samples, self.ledger)
+        self.reward_seconds += time.perf_counter() - start
+        return features
+
+    def _check_finite(self, samples: Samples) -> None:
         media = samples.media
         if media.is_floating_point() and not bool(media.isfinite().all()):
             raise GuardError(
                 f"iteration {self.iteration}: the samples are not finite, so there is nothing to score; lower "
                 "training.optimizer.lr, or raise the KL weight"
             )
-        start = time.perf_counter()
-        scores = evaluate(reward, samples, self.ledger)
-        if isinstance(reward, WeightedSum) and reward.normalise in ("batch", "running") and not torch.is_grad_enabled():
-            scores = replace(scores, total=self._combined(reward, scores, samples))
-        self.reward_seconds += time.perf_counter() - start
-        return scores
 
     def _combined(self, reward: WeightedSum, scores: Scores, samples: Samples) -> Float[Tensor, " samples"]:
         """The sum again, from the components of all processes."""

@@ -106,7 +106,7 @@ class Updater:
             return [chosen[which == update] for update in range(phase.updates)]
         edges = experience.edges
         sample = edges.sample[chosen]
-        unit = experience.group[sample] if phase.unit == "group" else experience.index[sample]
+        unit = experience.group[sample] if phase.unit in ("group", "level") else experience.index[sample]
         step = edges.step[chosen] if phase.unit == "edge" else torch.zeros_like(unit)
         key = noise.uniform(unit, (1,), purpose="order", step=step)[:, 0].double()
 
@@ -243,14 +243,26 @@ def _microbatches(rows: Experience, phase: Phase, size: int) -> list[Experience]
     Where the rows of a unit share one state, of at most ``size`` units.
     """
     count = len(rows.edges.step)
-    if phase.unit == "edge":
+    if (phase.micro or phase.unit) == "edge":
         pieces = torch.arange(count, device=rows.index.device).split(size) if count else ()
         return [rows.rows(piece) for piece in pieces]
-    unit = rows.group if phase.unit == "group" else rows.index
+    unit = _unit(rows, phase)
     order = unit.argsort(stable=True)
     lengths: list[int] = torch.unique_consecutive(unit[order], return_counts=True)[1].tolist()
     packed = _joined(lengths, size) if phase.one_state else _pack(lengths, size)
     return [rows.rows(piece) for piece in order.split(packed)] if count else []
+
+
+def _unit(rows: Experience, phase: Phase) -> Int[Tensor, " rows"]:
+    """The label of what each row may not be parted from."""
+    match phase.micro or phase.unit:
+        case "group":
+            return rows.group
+        case "level":
+            steps = int(rows.edges.step.max()) + 1 if len(rows.group) else 1
+            return rows.group * steps + rows.edges.step
+        case _:
+            return rows.index
 
 
 def _joined(lengths: Sequence[int], size: int) -> list[int]:

@@ -37,6 +37,9 @@ class ArenaConfig(Config):
     """Rows of every network call, a multiple of 4."""
     heldout: str | None = None
     """Number of the picture's second panel, ``reward`` or a held-out reward; null is the task's headline."""
+    target: float | None = None
+    """Value of ``heldout`` for which a table says what each trained member has spent when it first gets there, as read
+    every ``evaluate_every`` iterations."""
     device: Device = "cpu"
     """Torch device of the network."""
 

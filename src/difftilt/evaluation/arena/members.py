@@ -203,7 +203,8 @@ def _trained(stage: Stage, member: Member, seed: int, tell: Tell) -> MemberRun:
     """Train until both budgets are exceeded; a reading is of the last iteration within its budget.
 
     What an iteration costs is known only after it, and differs between iterations. So the weights before it are kept,
-    and evaluated when it was one too many.
+    and evaluated when it was one too many. An offline method that spends nothing of what is left ends there: its last
+    reading holds for both budgets.
     """
     loop, config = stage.loop(member, seed), stage.arena.config
     budgets: Counts = {currency: config.budget(currency) for currency in CURRENCIES}
@@ -224,9 +225,16 @@ def _trained(stage: Stage, member: Member, seed: int, tell: Tell) -> MemberRun:
             with _returned_to(loop, weights):
                 read(iteration, cost, seconds)
         iteration, seconds = iteration + 1, seconds + took
+        if iteration > 1 and not _grown(cost, loop.run.ledger, still):
+            break
         if still and iteration % member.training.evaluate_every == 0:
             read(iteration, loop.run.ledger.copy(), seconds)
     return MemberRun(member=member.name, seed=seed, readings=within(tuple(curve), budgets), curve=tuple(curve))
+
+
+def _grown(before: Ledger, after: Ledger, currencies: list[Currency]) -> bool:
+    """Whether an iteration has spent of any of the currencies that are left, or none is left to ask about."""
+    return not currencies or any(spent(after, one) > spent(before, one) for one in currencies)
 
 
 def _kept(cost: Ledger, budgets: Counts) -> list[Currency]:

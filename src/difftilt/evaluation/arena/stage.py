@@ -21,7 +21,8 @@ from difftilt.sampling.protocol import Sampler
 from difftilt.statistics import frechet_distance
 from difftilt.training.config import TrainingConfig
 from difftilt.training.loop import Loop, assemble
-from difftilt.training.measure import draw, heldout_batch
+from difftilt.training.measure import heldout_batch
+from difftilt.training.plain import draw
 from difftilt.training.protocol import Method, Task
 from difftilt.training.run import LoopRun
 from difftilt.training.world import World

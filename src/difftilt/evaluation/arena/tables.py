@@ -1,6 +1,7 @@
 """Tables of an arena: one row per member at each budget, means and spread over seeds."""
 
 import html
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from difftilt.evaluation.arena.cost import CURRENCIES, GRADIENT_PASS, WORDS, Currency, evaluations, spent
-from difftilt.evaluation.arena.records import ArenaResult, Entry, Reading
+from difftilt.evaluation.arena.records import ArenaResult, Entry, MemberRun, Reading
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ def grids(result: ArenaResult) -> list[Grid]:
         categories = [name for name in _names(result) if "@" in name]
         if categories:
             found.append(_plain(result, currency, f"{title}, by category", categories))
-    return found
+    target = result.recipe["arena"].get("target")
+    return found if target is None else [*found, _until(result, float(target))]
 
 
 def basis(result: ArenaResult) -> str:
@@ -104,6 +106,44 @@ def _plain(result: ArenaResult, currency: Currency, title: str, names: list[str]
         [entry.name, *(_cell(_readings(result, entry, currency), name) for name in names)] for entry in result.members
     ]
     return Grid(title, ["member", *names], rows)
+
+
+def _until(result: ArenaResult, target: float) -> Grid:
+    """What each trained member has spent when the watched number first reaches a target."""
+    header = ["member", "seeds that reach it", "iterations", "evaluations", "reward calls", "seconds", "kl_reference"]
+    rows: list[list[str]] = []
+    for entry in result.members:
+        runs = [run for run in result.of(entry.name) if run.curve]
+        if runs:
+            found = [reached for run in runs if (reached := _reached(run, result.heldout, target)) is not None]
+            rows.append([entry.name, f"{len(found)} of {len(runs)}", *_spendings(found)])
+    return Grid(f"Until {result.heldout} reaches {target:g}", header, rows)
+
+
+def _reached(run: MemberRun, name: str, target: float) -> Reading | None:
+    """The first reading of a run at which a number is at least the target."""
+    return next((reading for reading in run.curve if reading.numbers.get(name, -math.inf) >= target), None)
+
+
+def _spendings(found: Sequence[Reading]) -> list[str]:
+    """Mean and range over the seeds; empty where none got there."""
+    columns: list[Callable[[Reading], float]] = [
+        lambda one: one.iterations or 0,
+        lambda one: evaluations(one.cost),
+        lambda one: one.cost.reward_calls,
+        lambda one: one.seconds,
+        lambda one: one.numbers.get("kl_reference", math.nan),
+    ]
+    cells: list[str] = []
+    for column in columns:
+        values = [column(one) for one in found]
+        known = bool(values) and not any(map(math.isnan, values))
+        cells.append(f"{grouped(statistics.fmean(values))} ({_span(values)})" if known else "")
+    return cells
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{grouped(min(values))} to {grouped(max(values))}"
 
 
 def _readings(result: ArenaResult, entry: Entry, currency: Currency) -> list[Reading]:

@@ -13,8 +13,10 @@ from difftilt.errors import UserError
 from difftilt.evaluation.report.charts import Cloud, limits_of, scatter_chart
 from difftilt.evaluation.report.reading import RunRecord
 from difftilt.evaluation.report.samples import Gallery, Particles, Stage, kind_of
+from difftilt.evaluation.report.sounds import sound
 from difftilt.evaluation.report.sprites import Sprite, sprite, token_lines
 from difftilt.recipes.parts import read_part
+from difftilt.training.pictures import spectrograms
 from difftilt.training.protocol import Task
 
 SHOWN = 12
@@ -32,18 +34,20 @@ BEST = 80
 
 @dataclass(frozen=True)
 class Strip:
-    """One row of samples of one prompt: an image, or lines of text.
+    """One row of samples of one prompt: an image, with sound if it is of audio, or lines of text.
 
     Attributes:
         label: stage, or what the steerer made of the prompt.
         run: place of the run whose colour and name stand beside it; None for what all runs share.
         image: of all samples.
+        sound: all samples one after the other, as a data URI; empty for none.
         lines: of tokens.
     """
 
     label: str
     run: int | None
     image: Sprite | None = None
+    sound: str = ""
     lines: Sequence[str] = ()
 
 
@@ -118,22 +122,23 @@ def _trained(members: Sequence[tuple[int, Gallery]], number: int) -> Pictures:
         return Pictures(runs, note + _two_of(gallery.stages[0].media), plots=_stage_plots(stages, number))
     texts = zip(gallery.prompts, gallery.heldout, strict=True)
     found = [
-        Prompt(text, heldout, _strips(stages, slice(i * gallery.size, (i + 1) * gallery.size), gallery.score))
+        Prompt(text, heldout, _strips(stages, slice(i * gallery.size, (i + 1) * gallery.size), gallery))
         for i, (text, heldout) in enumerate(texts)
     ]
     return Pictures(runs, note, found[:SHOWN], found[SHOWN:])
 
 
-def _strips(stages: Sequence[tuple[int, Stage]], rows: slice, score: str) -> list[Strip]:
+def _strips(stages: Sequence[tuple[int, Stage]], rows: slice, gallery: Gallery) -> list[Strip]:
     """One row per stage; what several runs have alike before training is shown once, for no run in particular."""
     starts = [stage.media[rows] for _, stage in stages if stage.step == 0]
     shared = len(starts) > 1 and all(torch.equal(starts[0], other) for other in starts[1:])
     kept = [one for i, one in enumerate(stages) if not (shared and one[1].step == 0 and i > 0)]
     return [
         _strip(
-            _label(stage) + _scored(stage, rows, score),
+            _label(stage) + _scored(stage, rows, gallery.score),
             None if shared and stage.step == 0 else place,
             stage.media[rows],
+            rate=gallery.rate,
         )
         for place, stage in kept
     ]
@@ -147,7 +152,9 @@ def _scored(stage: Stage, rows: slice, name: str) -> str:
     return f" · {name} {mean:.3g}" if math.isfinite(mean) else f" · {name} –"
 
 
-def _strip(label: str, run: int | None, media: Tensor, enlarged: int | None = None) -> Strip:
+def _strip(label: str, run: int | None, media: Tensor, enlarged: int | None = None, rate: int | None = None) -> Strip:
+    if kind_of(media) == "audio":
+        return Strip(label, run, image=sprite(spectrograms(media)), sound=sound(media, rate) if rate else "")
     if kind_of(media) == "tokens":
         return Strip(label, run, lines=token_lines(media))
     return Strip(label, run, image=sprite(media) if enlarged is None else sprite(media, enlarged))

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from difftilt.evaluation.report.tolerant import Damage, items, read_object, read_tensors
 
-Kind = Literal["images", "vectors", "tokens"]
+FASTEST = 768_000
+"""Samples per second beyond which a rate is no rate."""
+
+Kind = Literal["images", "audio", "vectors", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Gallery:
         size: samples of each prompt.
         stages: before training and newest, or the one of them that is there.
         score: name of what the samples are scored by.
+        rate: samples per second of audio, where the run says so.
     """
 
     prompts: tuple[str, ...]
@@ -46,6 +50,7 @@ class Gallery:
     size: int
     stages: tuple[Stage, ...]
     score: str = "score"
+    rate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ def kind_of(media: Tensor) -> Kind | None:
         return None
     if media.dim() == 4:
         return "images"
+    if media.dim() == 3 and media.is_floating_point():
+        return "audio"
     if media.dim() == 2:
         return "vectors" if media.is_floating_point() else "tokens"
     return None
@@ -94,7 +101,9 @@ def read_gallery(run: Path, damage: Damage) -> Gallery | None:
     if len({(kind_of(stage.media), stage.media.shape[1:]) for stage in stages}) > 1:
         damage.add("the samples before and after are of different shapes; only the newest are shown")
         stages = stages[-1:]
-    return Gallery(prompts, flags, size, stages, str(described.get("score", "score"))) if stages else None
+    rate, score = described.get("rate"), str(described.get("score", "score"))
+    known = rate if isinstance(rate, int) and 0 < rate <= FASTEST else None
+    return Gallery(prompts, flags, size, stages, score, known) if stages else None
 
 
 def read_particles(run: Path, damage: Damage) -> Particles | None:

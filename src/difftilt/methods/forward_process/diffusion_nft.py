@@ -8,7 +8,6 @@ and two mirror images of one network around the behaviour velocity are regressed
 with u = eps - x_0. The minimiser is v_old + (2/beta)·E[r·(u - v_old) | x_t]: no likelihood, no trajectory, any sampler.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,19 +22,22 @@ from difftilt.card import Card
 from difftilt.config import Config as Settings
 from difftilt.credit.group import Scale, group_advantage
 from difftilt.credit.optimality import OptimalityMode, optimality
-from difftilt.errors import UserError
 from difftilt.models.protocol import Lagging, RoleSpec
 from difftilt.objectives.kl import velocity_gap
 from difftilt.objectives.nft import nft_loss
-from difftilt.process.gaussian import GaussianPrediction, GaussianProcess, as_gaussian
+from difftilt.process.gaussian import GaussianPrediction
 from difftilt.rewards.protocol import Samples
-from difftilt.sampling.protocol import Edges, NoiseSource, Sampler
-from difftilt.sampling.rollout import sample, start_state
-from difftilt.training.base import MethodBase
-from difftilt.training.config import GroupSampling
-from difftilt.training.experience import Experience, PromptBatch
-from difftilt.training.grids import grid_of
+from difftilt.sampling.protocol import NoiseSource
+from difftilt.training.experience import Experience, scored_experience
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
+from difftilt.training.renoising import (
+    ForwardConfig,
+    ForwardProcess,
+    frozen,
+    predicted,
+    random_levels,
+    renoised,
+)
 from difftilt.training.surrogate import KL_GATE
 from difftilt.trees import take
 
@@ -66,21 +68,13 @@ class RegressionConfig(Settings):
     1: d = min(0.001·n, 0.5); 2: d = 0 for n < 75, then min(0.0075·(n - 75), 0.999)."""
 
 
-class Config(GroupSampling, RegressionConfig):
+class Config(ForwardConfig, RegressionConfig):
     """Defaults of the authors' code, but for the number of samples."""
 
-    steps: int | None = Field(default=None, ge=2)
-    """Solver steps of a rollout; None follows the task's sampler."""
-    shift: float = Field(default=1.0, gt=0)
-    """Time shift of the grid when ``steps`` is given."""
     advantage_std: Scale = "global"
     """What a centred reward is divided by. Not ``group`` where many groups have no variance."""
     kl_weight: float = Field(default=1e-4, ge=0)
     """Weight of the mean squared velocity difference to the reference."""
-    updates: int = Field(default=1, ge=1)
-    """Optimiser steps per iteration."""
-    ema: float = Field(default=0.9, ge=0, lt=1)
-    """Largest decay of the averaged weights that are evaluated; 0 evaluates the trained weights themselves."""
 
 
 def behaviour_decay(schedule: int, n: int) -> float:
@@ -92,60 +86,33 @@ def behaviour_decay(schedule: int, n: int) -> float:
     return 0.0 if n < 75 else min(0.0075 * (n - 75), 0.999)
 
 
-class DiffusionNFT(MethodBase):
+class DiffusionNFT(ForwardProcess[Config]):
     """Sample with ``behaviour``, score, re-noise, regress both branches.
 
     Attributes:
         anchor: role that the penalty pulls to. ``edges.extras`` may hold its factor of each row, ``kl_gate``.
     """
 
+    sampled_role = "behaviour"
     anchor: str = "reference"
 
     def __init__(self, config: Config, task: Task) -> None:
-        if not isinstance(task.model.process, GaussianProcess):
-            raise UserError("diffusion-nft needs a Gaussian process: tokens have no velocity; use a discrete method")
-        self.config = config
-
-    @property
-    def evaluated_role(self) -> str:
-        return "ema" if self.config.ema else "current"
+        super().__init__(config, task, CARD.name)
 
     def roles(self) -> Mapping[str, RoleSpec]:
         """``behaviour`` samples and anchors the branches; ``ema`` is evaluated."""
-        roles: dict[str, RoleSpec] = {
-            "behaviour": Lagging("current", partial(behaviour_decay, self.config.behaviour_decay))
-        }
-        if self.config.ema:
-            roles["ema"] = Lagging("current", lambda n: min((1 + n) / (10 + n), self.config.ema))
-        return roles
-
-    def sampler(self, task: Task) -> Sampler:
-        """The task's, without guidance: the improvement is trained in."""
-        return replace(task.sampler, guidance=1.0)
+        decay = partial(behaviour_decay, self.config.behaviour_decay)
+        return {"behaviour": Lagging("current", decay), **super().roles()}
 
     def collect(self, run: Run) -> Experience:
         """Draw groups from ``behaviour`` without guidance; one edge for each time a sample is trained at."""
         config = self.config
         batch = run.prompts(config.groups, config.group_size)
-        denoise = run.denoiser("behaviour", guidance=1.0)
-        sampler = Sampler(
-            grid_of(run.task, config.steps, config.shift), run.task.sampler.kernel, run.task.sampler.solver
-        )
-        x_t = start_state(denoise.process, run.noise, batch.index, run.task.model.shape)
-        x_0 = sample(denoise, sampler, x_t, batch.condition, noise=run.noise, index=batch.index)
+        x_0 = self.finished(run, batch)
         samples = run.samples(x_0, batch)
-        scores = run.score(samples)
-        experience = Experience(
-            index=batch.index,
-            group=batch.group,
-            prompt=batch.prompt,
-            condition=batch.condition,
-            x_0=x_0,
-            rewards=scores.total,
-            components=scores.components,
-            edges=self._noise_levels(run, batch, sampler.grid),
-        )
-        return self.credited(run, experience, samples)
+        # every sample has its own times: a random subset of the solver's
+        edges = random_levels(run.noise, self.grid, config.timestep_fraction, batch.index)
+        return self.credited(run, scored_experience(batch, x_0, edges, run.score(samples)), samples)
 
     def credited(self, run: Run, experience: Experience, samples: Samples) -> Experience:
         """The record with the label of each sample, from its reward against those of its group."""
@@ -158,32 +125,21 @@ class DiffusionNFT(MethodBase):
         config = self.config
         return replace(experience, label=optimality(advantage, config.max_advantage, config.advantage_mode))
 
-    def _noise_levels(self, run: Run, batch: PromptBatch, grid: Tensor) -> Edges:
-        """For every sample a random subset of the solver's own times."""
-        times = grid[:-1].float().to(batch.index.device)
-        # the small term undoes rounding: 0.3·10 is 2.999… in floating point
-        kept = max(1, math.floor(self.config.timestep_fraction * len(times) + 1e-9))
-        order = run.noise.uniform(batch.index, (len(times),), purpose="training times").argsort(1)[:, :kept]
-        sample = torch.arange(len(batch.index), device=batch.index.device).repeat_interleave(kept)
-        return Edges(sample=sample, step=order.reshape(-1), t=times[order.reshape(-1)])
-
     def phases(self, run: Run) -> Sequence[Phase]:
         """One: the regression."""
         return [Phase("current", partial(self._loss, run), unit="sample", updates=self.config.updates)]
 
     def _loss(self, run: Run, rows: Experience, noise: NoiseSource) -> Loss:
-        config, edges = self.config, rows.edges
+        config = self.config
         assert rows.x_0 is not None
         assert rows.label is not None
-        eps = noise.normal(rows.index, tuple(rows.x_0.shape[1:]), purpose="renoise", step=edges.step)
-        current = run.denoiser("current", guidance=1.0)
-        x_t = current.process.corrupt(rows.x_0, edges.t, eps)
+        x_t = renoised(run.denoiser("current").process, rows, noise)
         # frozen passes come first, so that nothing stands between the forward pass with gradient and its backward pass
         penalty = self._penalty(run, x_t, rows) if config.kl_weight else None
         # while behaviour still equals current, one forward pass serves both (the loss detaches the old one)
         same = run.roles.same("behaviour", "current")
-        old = None if same else self._frozen(run, "behaviour", x_t, rows)
-        prediction = as_gaussian(current(x_t, edges.t, rows.condition))
+        old = None if same else frozen(run, "behaviour", x_t, rows)
+        prediction = predicted(run, "current", x_t, rows)
         policy = nft_loss(
             prediction,
             prediction if old is None else old,
@@ -205,9 +161,9 @@ class DiffusionNFT(MethodBase):
         """
         gate = rows.edges.extras.get(KL_GATE)
         if gate is None:
-            return partial(velocity_gap, reference=self._frozen(run, self.anchor, x_t, rows))
+            return partial(velocity_gap, reference=frozen(run, self.anchor, x_t, rows))
         held = gate.nonzero()[:, 0]
-        reference = self._frozen(run, self.anchor, x_t[held], rows.rows(held)) if len(held) else None
+        reference = frozen(run, self.anchor, x_t[held], rows.rows(held)) if len(held) else None
 
         def penalty(prediction: GaussianPrediction) -> Tensor:
             none = 0 * prediction.velocity.flatten(1).sum(1)
@@ -217,7 +173,3 @@ class DiffusionNFT(MethodBase):
             return torch.zeros_like(none).index_put((held,), gap.to(none))
 
         return penalty
-
-    def _frozen(self, run: Run, role: str, x_t: Tensor, rows: Experience) -> GaussianPrediction:
-        with torch.no_grad():
-            return as_gaussian(run.denoiser(role, guidance=1.0)(x_t, rows.edges.t, rows.condition))

@@ -26,8 +26,8 @@ from difftilt.process.gaussian import GaussianProcess
 from difftilt.sampling.protocol import NoiseSource, Trajectory
 from difftilt.sampling.rollout import Plan, replay, rollout, start_state
 from difftilt.sampling.windows import interval_length, window_mask
-from difftilt.training.experience import Experience, PromptBatch
-from difftilt.training.policy_gradient import PolicyGradient, PolicyGradientConfig, experience_of, with_advantage
+from difftilt.training.experience import Experience, PromptBatch, scored_experience
+from difftilt.training.policy_gradient import PolicyGradient, PolicyGradientConfig, with_advantage
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
 from difftilt.training.surrogate import surrogate_loss
 from difftilt.trees import take
@@ -128,7 +128,7 @@ class B2DiffuRL(PolicyGradient[Config]):
         """Sample the stage, normalise per prompt, keep the best and the worst of each group."""
         batch = run.prompts(self.config.groups, self.config.group_size)
         path = self.roll(run, batch)
-        experience = experience_of(batch, path, run.score(run.samples(path.x_0, batch)))
+        experience = scored_experience(batch, path.x_0, path.edges, run.score(run.samples(path.x_0, batch)))
         assert experience.rewards is not None
         z: Tensor = run.jointly(partial(self._scores, run.iteration), experience.rewards, batch.prompt)
         chosen = contrast(z, batch.group, self.config.threshold_best, self.config.threshold_worst)

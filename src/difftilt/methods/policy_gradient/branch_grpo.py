@@ -28,12 +28,11 @@ from difftilt.sampling.protocol import Moment, NoiseSource, Trajectory
 from difftilt.sampling.rollout import Plan, rollout, start_state
 from difftilt.sampling.steps import GaussianStep
 from difftilt.sampling.windows import window_mask
-from difftilt.training.experience import Experience, PromptBatch
+from difftilt.training.experience import Experience, PromptBatch, scored_experience
 from difftilt.training.policy_gradient import (
     PolicyGradient,
     PolicyGradientConfig,
     Window,
-    experience_of,
     with_advantage,
 )
 from difftilt.training.protocol import Phase, Run, Task
@@ -147,7 +146,7 @@ class BranchGRPO(PolicyGradient[Config]):
         """Grow, score the leaves, fuse, compare, prune. A tree lives in one process, and so do its statistics."""
         batch = run.prompts(self.config.groups, self.config.group_size)
         tree, density = self.grow(run, batch)
-        experience = experience_of(batch, tree, run.score(run.samples(tree.x_0, batch)))
+        experience = scored_experience(batch, tree.x_0, tree.edges, run.score(run.samples(tree.x_0, batch)))
         edges = experience.edges
         assert experience.rewards is not None
         assert edges.parent is not None

@@ -29,9 +29,9 @@ from difftilt.sampling.protocol import Edges, NoiseSource, Trajectory
 from difftilt.sampling.rollout import Plan
 from difftilt.training.advantages import NormaliserConfig, check_best_worst, drawn_steps, extremes
 from difftilt.training.completions import check_scale
-from difftilt.training.experience import Experience
+from difftilt.training.experience import Experience, scored_experience
 from difftilt.training.guided import Distillation, GuidanceConfig, Guided, distilling, guide_of
-from difftilt.training.policy_gradient import ChainConfig, ChainPolicyGradient, experience_of
+from difftilt.training.policy_gradient import ChainConfig, ChainPolicyGradient
 from difftilt.training.process_reward import (
     ProcessRewardConfig,
     beside,
@@ -131,7 +131,9 @@ class Euphonium(ChainPolicyGradient[Config]):
         batch = run.prompts(self.config.groups, self.config.group_size)
         guide = guide_of(self.config, self.guided, run, batch)
         trajectory = self.roll(run, batch, guide=guide)
-        experience = experience_of(batch, trajectory, run.score(run.samples(trajectory.x_0, batch)))
+        experience = scored_experience(
+            batch, trajectory.x_0, trajectory.edges, run.score(run.samples(trajectory.x_0, batch))
+        )
         scores = None if self.config.credit == "outcome" else self._process_scores(run, trajectory, guide)
         return self._credited(run, experience, scores)
 

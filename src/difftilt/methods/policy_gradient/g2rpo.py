@@ -39,7 +39,7 @@ from difftilt.training.granularities import scored_views
 from difftilt.training.policy_gradient import PolicyGradient, PolicyGradientConfig, with_advantage
 from difftilt.training.protocol import Loss, Phase, Run, Task
 from difftilt.training.surrogate import surrogate_loss
-from difftilt.trees import join, take
+from difftilt.trees import Pooled, join, take
 
 CARD = Card(
     name="g2rpo",
@@ -145,8 +145,8 @@ class G2RPO(PolicyGradient[Config]):
             step=torch.full_like(rows, position),
             t=here.t,
             s=here.s,
-            x_t=here.x_t,
-            x_s=x_s,
+            start=Pooled(anchor.x_t, place[rows]),
+            end=Pooled.of(x_s),
             log_prob=self.preset.log_prob(step, x_s),
             mean=step.mean if self.config.objective == "guard" and isinstance(step, GaussianStep) else None,
             parent=torch.full_like(rows, -1),

@@ -25,9 +25,9 @@ from difftilt.methods.forward_process.diffusion_nft import DiffusionNFT, Regress
 from difftilt.models.protocol import RoleSpec
 from difftilt.rewards.protocol import Samples
 from difftilt.sampling.protocol import NoiseSource
-from difftilt.training.experience import Experience
+from difftilt.training.experience import Experience, scored_experience
 from difftilt.training.gating import ANCHOR, Gating, GatingConfig
-from difftilt.training.policy_gradient import ChainConfig, ChainPolicyGradient, experience_of
+from difftilt.training.policy_gradient import ChainConfig, ChainPolicyGradient
 from difftilt.training.protocol import Loss, Method, Phase, Run, Task
 from difftilt.training.surrogate import surrogate_loss
 
@@ -74,7 +74,7 @@ class GatedChain(ChainPolicyGradient[Config]):
         batch = run.prompts(self.config.groups, self.config.group_size)
         trajectory = self.roll(run, batch)
         samples = run.samples(trajectory.x_0, batch)
-        experience = experience_of(batch, trajectory, run.score(samples))
+        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, run.score(samples))
         credit = self.gating.credit(run, experience, samples)
         # a sample that teaches nothing is still pulled back where it is held
         counts = credit.advantage != 0 if credit.held is None else (credit.advantage != 0) | credit.held
