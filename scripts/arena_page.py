@@ -81,9 +81,9 @@ and end highest; the tree does so at half of the drift of full chains. Windows w
 drift fastest. Methods that score intermediate states (dense-grpo, tp-grpo) pay for it in reward calls, and have
 hardly begun at that budget: averaged weights follow every eighth update, so that after three or four iterations the
 base is what is read. gardo holds the drift an order of magnitude lower, and its auxiliary verifiers make three reward
-calls of every sample. g2rpo takes four updates per iteration on a quarter of the samples each; at learning rates of 3e-4
-and 1e-4 its policy collapsed within ten iterations, so its rate is 3e-5. Seconds were measured beside other work and
-say little; [performance.md](performance.md) has the time of a tree against chains.""",
+calls of every sample. g2rpo takes four updates per iteration on a quarter of the samples each; at learning rates of
+3e-4 and 1e-4 its policy collapsed within ten iterations, so its rate is 3e-5. Seconds were measured beside other work
+and say little; [performance.md](performance.md) has the time of a tree against chains.""",
     "shapes": """The reward is the verifier's dense score, on the test prompts. The budgets are what 16 iterations
 of the recipe `demo` cost, and 200 samples are few: steering is at its best here, for it pays by the sample and only
 has to find what the base draws now and then, while training has hardly begun (the demo's 40 iterations reach 0.655).

@@ -38,8 +38,8 @@ class ArenaConfig(Config):
     heldout: str | None = None
     """Number of the picture's second panel, ``reward`` or a held-out reward; null is the task's headline."""
     target: float | None = None
-    """Value of ``heldout`` for which a table says what each trained member has spent when it first gets there, as read
-    every ``evaluate_every`` iterations."""
+    """Value of ``heldout`` for which a table says what each trained member has spent when it is first read at or above
+    it. A noisy number crosses early, and the later the rarer it is read: give all members one ``evaluate_every``."""
     device: Device = "cpu"
     """Torch device of the network."""
 
