@@ -29,6 +29,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
 
 
+@pytest.mark.long
 def test_every_benchmark_writes_its_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = importlib.import_module("benchmarks.__main__").main
     assert main(["--size", "tiny", "--repeats", "1", "--output", str(tmp_path)]) == 0
