@@ -25,7 +25,7 @@ from difftilt.models.text_encoder import TextEncoder
 from difftilt.process.gaussian import RectifiedFlow
 from difftilt.process.grid import uniform_grid
 from difftilt.sampling.noise import Noise
-from difftilt.testbeds.shapes import CELLS, CHECKPOINT, decode, encoded
+from difftilt.testbeds.shapes import CELLS, CHECKPOINT, decode
 from difftilt.testbeds.shapes_verifier import judge, see
 from difftilt.testbeds.shapes_world import CATEGORIES, CELL, WORDS, Wish, balanced, draw, parse, splits
 
@@ -122,7 +122,7 @@ def accuracy(network: Both, split: Any, each: int, steps: int = 8, shift: float 
 
 def judged(network: Both, prompts: Sequence[str], grid: Tensor) -> list[Any]:
     """One picture of each prompt, judged."""
-    condition = encoded(network.text, prompts)
+    condition = network.text.condition(prompts)
     x = Noise(0).normal(torch.arange(len(prompts)), (3, CELLS * CELL, CELLS * CELL), purpose="report")
     for t, s in pairwise(grid):
         x = x - (t - s) * network.denoiser(x, t.expand(len(x)), condition)

@@ -22,7 +22,7 @@ from difftilt.models.text_encoder import TextEncoder
 from difftilt.process.gaussian import RectifiedFlow
 from difftilt.process.grid import uniform_grid
 from difftilt.sampling.noise import Noise
-from difftilt.testbeds.tones import CHECKPOINT, FRAME, SIDE, decode, encoded, latents_of
+from difftilt.testbeds.tones import CHECKPOINT, FRAME, SIDE, decode, latents_of
 from difftilt.testbeds.tones_verifier import hear, right
 from difftilt.testbeds.tones_world import CATEGORIES, ROOTS, WORDS, Category, Wish, draw, parse, prompts_on
 
@@ -142,7 +142,7 @@ def judged(network: Both, steps: int = 10, shift: float = 3.0) -> dict[str, floa
     scores: dict[str, float] = {}
     for name in CATEGORIES:
         prompts = prompts_on(ROOTS, (name,)) * REPEATS[name]
-        condition = encoded(network.text, prompts)
+        condition = network.text.condition(prompts)
         x = Noise(0).normal(torch.arange(len(prompts)), (FRAME, SIDE, SIDE), purpose="report")
         for t, s in pairwise(uniform_grid(steps, shift)):
             x = x - (t - s) * network.denoiser(x, t.expand(len(x)), condition)

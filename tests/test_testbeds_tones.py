@@ -17,7 +17,7 @@ from difftilt.rewards.protocol import Samples
 from difftilt.statistics import frechet_distance
 from difftilt.testbeds.tones import CHECKPOINT, Config, Tones, decode, is_heldout, latents_of
 from difftilt.testbeds.tones_features import CLASSES, DIM, features, frame_features, text_features
-from difftilt.testbeds.tones_verifier import ABSENT, PRESENT, Accuracy, Consonance, Fidelity, Listener, hear, right
+from difftilt.testbeds.tones_verifier import ABSENT, PRESENT, Listener, hear, listeners, right
 from difftilt.testbeds.tones_world import (
     CATEGORIES,
     CONSONANCES,
@@ -192,14 +192,15 @@ def test_consonance_has_a_slope_where_a_note_is_in_doubt() -> None:
 
 def test_rewards_share_one_hearing_and_never_a_stale_one() -> None:
     listener = Listener()
+    consonance, accuracy, fidelity = listeners(listener)
     first, second = played({0: 0.8, 7: 0.8}), played({0: 0.8, 6: 0.8})
     assert listener.hear(first) is listener.hear(first)
-    assert Consonance(listener).score(samples(first, [""])).tolist() == pytest.approx([1])
-    assert Consonance(listener).score(samples(second, [""])).tolist() == pytest.approx([0])
-    assert Accuracy(listener).score(samples(second, ["A tritone"])).tolist() == [1]
-    assert Accuracy(listener).score(samples(second, ["A fifth"])).tolist() == [0]
+    assert consonance.score(samples(first, [""])).tolist() == pytest.approx([1])
+    assert consonance.score(samples(second, [""])).tolist() == pytest.approx([0])
+    assert accuracy.score(samples(second, ["A tritone"])).tolist() == [1]
+    assert accuracy.score(samples(second, ["A fifth"])).tolist() == [0]
     media = first.clone().requires_grad_()
-    Fidelity(listener).score(samples(media, [""])).sum().backward()
+    fidelity.score(samples(media, [""])).sum().backward()
     assert media.grad is not None
 
 

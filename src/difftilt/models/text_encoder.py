@@ -73,6 +73,15 @@ class TextEncoder(nn.Module):
         x = F.layer_norm(x, x.shape[-1:]) * keep[..., None]
         return x, keep, x.sum(1) / keep.sum(1, keepdim=True).clamp(min=1)
 
+    def read(self, tokens: Int[Tensor, "prompts length"]) -> dict[str, Tensor]:
+        """What a denoiser reads: ``text`` (prompts, length, width), ``text_keep`` (prompts, length), and their mean."""
+        text, keep, pooled = self(tokens)
+        return {"text": text, "text_keep": keep, "vector": pooled}
+
+    def condition(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The same of prompts."""
+        return self.read(self.tokenise(prompts))
+
 
 class _Layer(nn.Module):
     def __init__(self, width: int, heads: int, generator: torch.Generator) -> None:

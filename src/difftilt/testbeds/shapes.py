@@ -98,7 +98,7 @@ class Shapes:
             shape=(3, CELLS * CELL, CELLS * CELL),
             encode=self.encode,
             decode=decode,
-            null_condition=lambda rows: encoded(self.text_encoder, [""] * rows),
+            null_condition=lambda rows: self.text_encoder.condition([""] * rows),
         )
         return Task(
             name="shapes",
@@ -126,13 +126,7 @@ class Shapes:
         """
         for prompt in prompts:
             parse(prompt)
-        return encoded(self.text_encoder, prompts)
-
-
-def encoded(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """What the denoiser reads: ``text`` (prompts, 8, width), ``text_keep`` (prompts, 8), ``vector``, their mean."""
-    text, keep, pooled = encoder(encoder.tokenise(prompts))
-    return {"text": text, "text_keep": keep, "vector": pooled}
+        return self.text_encoder.condition(prompts)
 
 
 def decode(latents: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:

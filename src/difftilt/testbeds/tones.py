@@ -29,7 +29,7 @@ from difftilt.sampling.protocol import Sampler
 from difftilt.sampling.solvers import EulerSolver
 from difftilt.statistics import frechet_distance
 from difftilt.testbeds.tones_features import features, frame_features, text_features
-from difftilt.testbeds.tones_verifier import Accuracy, Consonance, Fidelity, Listener
+from difftilt.testbeds.tones_verifier import Listener, listeners
 from difftilt.testbeds.tones_world import (
     KINDS,
     LENGTH,
@@ -102,15 +102,13 @@ class Tones:
 
     def rewards(self) -> dict[str, Reward]:
         """What the verifier hears, and rewards of sets against consonant references, of waveforms and of texts."""
-        listener, waveforms = Listener(), self.reference()
+        waveforms = self.reference()
         names = [chord.text for chord in all_chords("consonant")]
         heard = ReferenceSet.encoded(waveforms, self.encoder)
         told = ReferenceSet.encoded(names, self.text_features)
         windows = ReferenceSet.encoded(waveforms, lambda media: frame_features(media).flatten(0, 1))
         rewards: list[Reward] = [
-            Consonance(listener),
-            Accuracy(listener),
-            Fidelity(listener),
+            *listeners(Listener()),
             FrechetReward(heard, self.encoder, shrinkage=SHRINKAGE),
             FrechetReward(told, self.encoder, shrinkage=SHRINKAGE, name="frechet_text"),
             FrechetPerSample(windows, frame_features, shrinkage=SHRINKAGE),
@@ -129,7 +127,7 @@ class Tones:
             shape=(FRAME, SIDE, SIDE),
             encode=self.encode,
             decode=decode,
-            null_condition=lambda rows: encoded(self.text_encoder, [""] * rows),
+            null_condition=lambda rows: self.text_encoder.condition([""] * rows),
         )
         return Task(
             name="tones",
@@ -158,7 +156,7 @@ class Tones:
         """
         for prompt in prompts:
             parse(prompt)
-        return encoded(self.text_encoder, prompts)
+        return self.text_encoder.condition(prompts)
 
     @property
     def encoder(self) -> Callable[[Tensor], Tensor]:
@@ -212,12 +210,6 @@ def balanced(categories: Sequence[Category], heldout: bool) -> list[str]:
         columns.append([text for text in texts if is_heldout(text) == heldout] or texts)
     each = max(len(column) for column in columns)
     return [column[place % len(column)] for place in range(each) for column in columns]
-
-
-def encoded(encoder: TextEncoder, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """What the denoiser reads: ``text`` (prompts, 5, width), ``text_keep`` (prompts, 5), ``vector``, their mean."""
-    text, keep, pooled = encoder(encoder.tokenise(prompts))
-    return {"text": text, "text_keep": keep, "vector": pooled}
 
 
 def latents_of(media: Float[Tensor, "batch 1 time"]) -> Float[Tensor, "batch frame side side2"]:

@@ -6,14 +6,15 @@ is found by least squares; the decay that explains most energy counts. There is 
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from difftilt.rewards.protocol import Capabilities, Samples
+from difftilt.rewards.base import FunctionReward, ScoreFunction
+from difftilt.rewards.protocol import Capabilities, Reward, Samples
 from difftilt.testbeds.tones_world import DECAY, LOUDNESS, envelope, intervals, membership, parse, tones
 
 DECAYS = 11
@@ -106,46 +107,23 @@ class Listener:
         return self._heard
 
 
-@dataclass(frozen=True)
-class Consonance:
-    """Share of the pairs of sounding notes that are consonant, in [0, 1]; 0 if fewer than two notes sound."""
+def listeners(listener: Listener) -> list[Reward]:
+    """What is heard, as rewards that share one listener.
 
-    listener: Listener = field(default_factory=Listener)
-    name: str = "consonance"
+    ``consonance`` is the share of the pairs of sounding notes that are consonant, in [0, 1], 0 if fewer than two sound.
+    ``accuracy`` is 1 where exactly the notes of a chord sound that the prompt allows, else 0; black-box.
+    ``fidelity`` is the share of the energy that notes of the world explain, at most 1: noise and strange timbres lose
+    it.
+    """
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(differentiable=True, tolerance=0.1)
+    def rewarded(name: str, score: ScoreFunction, tolerance: float, differentiable: bool = True) -> Reward:
+        return FunctionReward(name, score, Capabilities(differentiable=differentiable, tolerance=tolerance))
 
-    def score(self, samples: Samples) -> Float[Tensor, " batch"]:
-        return self.listener.hear(samples.media).consonance
+    def accuracy(samples: Samples) -> Float[Tensor, " batch"]:
+        return right(listener.hear(samples.media.detach()), samples.prompts)
 
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Share of the energy that notes of the world explain, at most 1; what noise and strange timbres lose."""
-
-    listener: Listener = field(default_factory=Listener)
-    name: str = "fidelity"
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(differentiable=True, tolerance=0.05)
-
-    def score(self, samples: Samples) -> Float[Tensor, " batch"]:
-        return self.listener.hear(samples.media).fidelity
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """1 where exactly the notes of a chord sound that the prompt allows, else 0; black-box."""
-
-    listener: Listener = field(default_factory=Listener)
-    name: str = "accuracy"
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(tolerance=0.1)
-
-    def score(self, samples: Samples) -> Float[Tensor, " batch"]:
-        return right(self.listener.hear(samples.media.detach()), samples.prompts)
+    return [
+        rewarded("consonance", lambda samples: listener.hear(samples.media).consonance, 0.1),
+        rewarded("accuracy", accuracy, 0.1, differentiable=False),
+        rewarded("fidelity", lambda samples: listener.hear(samples.media).fidelity, 0.05),
+    ]
