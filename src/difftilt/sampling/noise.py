@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from difftilt.sampling.protocol import NoiseSource
+
 _WORD = (1 << 64) - 1
 
 
@@ -123,6 +125,27 @@ class Noise:
         """A uniformly random permutation of 0..count-1 on the CPU."""
         words = self._words(torch.zeros(1, dtype=torch.int64), count, purpose, step)[0]
         return words.argsort(stable=True)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The same source under other purposes: a completion must not meet the noise of the chain that it completes.
+
+    Attributes:
+        source: of the noise.
+        label: stands before every purpose.
+    """
+
+    source: NoiseSource
+    label: str
+
+    def normal(self, index: Tensor, shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0) -> Tensor:
+        """As the source's."""
+        return self.source.normal(index, shape, purpose=f"{self.label}/{purpose}", step=step)
+
+    def uniform(self, index: Tensor, shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0) -> Tensor:
+        """As the source's."""
+        return self.source.uniform(index, shape, purpose=f"{self.label}/{purpose}", step=step)
 
 
 Siblings = Literal["correlated", "scaled"]

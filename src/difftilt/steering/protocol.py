@@ -12,6 +12,7 @@ from difftilt.models.protocol import Denoiser
 from difftilt.process.protocol import Condition, Prediction
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
+from difftilt.steering.budget import Meter
 from difftilt.training.protocol import Task
 from difftilt.trees import Batched
 
@@ -59,6 +60,9 @@ class Steered:
         ess: effective sample size of each prompt at each weighting, (times, prompts); no rows if it never weights.
         ancestors: distinct first ancestors alive after each weighting and its selection, (times, prompts).
         ledger: NFE and reward calls of the whole call.
+        components: further scores of each particle by name (the objectives of a Pareto search), (particles,).
+        invalid: for each prompt how many scores were missing and counted as the worst; None where none could be.
+        complete: False if the call was ended early, by Ctrl-C or because its seconds were over.
     """
 
     x_0: Tensor
@@ -71,6 +75,9 @@ class Steered:
     ess: Tensor
     ancestors: Tensor
     ledger: Ledger
+    components: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    invalid: Tensor | None = None
+    complete: bool = True
 
 
 class Steerer(Protocol):
@@ -102,7 +109,68 @@ class Steerer(Protocol):
         ...
 
 
-class Fitted(Steerer, Protocol):
-    """A steerer with a learned part, which ``difftilt train`` fits with the phases of any method."""
+class Anytime(Protocol):
+    """A steerer that works in rounds, each of which makes its result better: it can end after any of them.
 
-    def fit_state(self) -> Mapping[str, Tensor]: ...
+    Its settings bound the number of rounds as well.
+    """
+
+    def steer(
+        self,
+        task: Task,
+        denoise: Denoiser,
+        reward: Reward,
+        prompts: Sequence[str],
+        noise: NoiseSource,
+        *,
+        index: Int[Tensor, " prompts"] | None = None,
+        progress: Progress | None = None,
+        meter: Meter | None = None,
+    ) -> Steered:
+        """As :meth:`Steerer.steer`; asks ``meter`` before every round whether it still fits.
+
+        Raises:
+            UserError: if not even the first round fits.
+        """
+        ...
+
+
+class Fitted(Steerer, Protocol):
+    """A steerer with a learned part: ``difftilt train`` fits and saves it, ``difftilt steer`` uses what was saved.
+
+    One that is asked to steer before it has been fitted fits itself first, and pays for it in the same ledger.
+    """
+
+    def fit(
+        self,
+        task: Task,
+        denoise: Denoiser,
+        reward: Reward,
+        prompts: Sequence[str],
+        noise: NoiseSource,
+        *,
+        progress: Progress | None = None,
+    ) -> Mapping[str, float]:
+        """Learn from the model's own samples for these prompts; returns named metrics of the fit.
+
+        Args:
+            task: model, grid and kernel.
+            denoise: the network, whose weights are not touched.
+            reward: to learn about.
+            prompts: to learn from; training prompts where the learned part serves all prompts.
+            noise: of the whole fit.
+            progress: told of every round.
+        """
+        ...
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """The learned part; empty before it was fitted."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take it back.
+
+        Raises:
+            UserError: if it belongs to another model, shape or grid.
+        """
+        ...

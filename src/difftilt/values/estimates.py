@@ -18,6 +18,7 @@ from difftilt.models.protocol import Denoiser
 from difftilt.process.protocol import Condition, Prediction
 from difftilt.rewards.protocol import Reward, Samples
 from difftilt.rewards.scoring import evaluate
+from difftilt.sampling.noise import Apart
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.sampling.rollout import rollout
@@ -136,7 +137,7 @@ class Rollout:
             self.grid[rows.step :],
             x_t[again],
             take(condition, again),
-            noise=_Apart(self.noise, f"value {rows.step}"),
+            noise=Apart(self.noise, f"value {rows.step}"),
             index=index,
         )
         scores = self.reward(path.x_0, rows.prompt[again])
@@ -153,20 +154,6 @@ class ClosedForm:
         self, x_t: Tensor, t: Tensor, condition: Condition, prediction: Prediction | None, rows: Rows
     ) -> Float[Tensor, " batch"]:
         return self.function(x_t, t, condition)
-
-
-@dataclass(frozen=True)
-class _Apart:
-    """The same source under other purposes: completions must not meet the noise of the chain they complete."""
-
-    source: NoiseSource
-    label: str
-
-    def normal(self, index: Tensor, shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0) -> Tensor:
-        return self.source.normal(index, shape, purpose=f"{self.label}/{purpose}", step=step)
-
-    def uniform(self, index: Tensor, shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0) -> Tensor:
-        return self.source.uniform(index, shape, purpose=f"{self.label}/{purpose}", step=step)
 
 
 def _copies(rows: Rows, count: int) -> tuple[Int[Tensor, " draws"], Int[Tensor, " draws"]]:

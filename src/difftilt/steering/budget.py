@@ -1,0 +1,101 @@
+"""How much a call of a steerer may cost, and when to stop: anytime steerers ask before every round.
+
+Evaluations and reward calls are counted for each prompt, as steerers are compared for each sample; seconds are those of
+the whole call, for prompts run together.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+from pydantic import Field
+
+from difftilt.config import Config
+from difftilt.models.ledger import Ledger
+
+
+class Budget(Config):
+    """What a call may spend; None does not bound it."""
+
+    nfe: int | None = Field(default=None, ge=1)
+    """Network evaluations for each prompt."""
+    reward_calls: int | None = Field(default=None, ge=1)
+    """Samples handed to the reward, for each prompt."""
+    seconds: float | None = Field(default=None, gt=0)
+    """Wall clock of the whole call. A round that has begun is finished: it may last longer by one round."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether anything is bounded."""
+        return (self.nfe, self.reward_calls, self.seconds) != (None, None, None)
+
+
+@dataclass
+class Meter:
+    """What a call has spent of its budget.
+
+    Attributes:
+        budget: of the call.
+        ledger: the denoiser's, which goes on counting.
+        prompts: that share the call.
+        before: the ledger when the call began.
+        began: the clock then, seconds.
+        interrupted: the user has asked to end the call.
+    """
+
+    budget: Budget
+    ledger: Ledger
+    prompts: int
+    before: Ledger = field(init=False)
+    began: float = field(init=False)
+    interrupted: bool = False
+
+    def __post_init__(self) -> None:
+        self.before, self.began = self.ledger.copy(), time.monotonic()
+
+    @property
+    def spent(self) -> Ledger:
+        """Since the call began, all prompts together."""
+        return self.ledger - self.before
+
+    def allows(self, more: Ledger) -> bool:
+        """Whether a round that costs at most ``more``, all prompts together, still fits.
+
+        Of the seconds some must be left: how long a round takes is known only after it.
+        """
+        total, budget = self.spent + more, self.budget
+        fits = budget.nfe is None or total.nfe <= budget.nfe * self.prompts
+        fits = fits and (budget.reward_calls is None or total.reward_calls <= budget.reward_calls * self.prompts)
+        return fits and not self.interrupted and self.in_time
+
+    @property
+    def in_time(self) -> bool:
+        """Whether seconds are left."""
+        return self.budget.seconds is None or time.monotonic() - self.began < self.budget.seconds
+
+
+@contextmanager
+def metered(budget: Budget | None, ledger: Ledger, prompts: int) -> Generator[Meter, None, None]:
+    """A meter for one call. Ctrl-C ends the call after its present round, a second one at once.
+
+    Only the main thread can listen for Ctrl-C; elsewhere it does what it always does.
+    """
+    meter = Meter(Budget() if budget is None else budget, ledger, prompts)
+    if threading.current_thread() is not threading.main_thread():
+        yield meter
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if meter.interrupted:
+            raise KeyboardInterrupt
+        meter.interrupted = True
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield meter
+    finally:
+        signal.signal(signal.SIGINT, previous)
