@@ -3,22 +3,25 @@ from typing import cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from difftilt.checks.fk_steering import ring_truth, sequence_reward, sequence_truth
 from difftilt.models.denoiser import denoiser
 from difftilt.models.ledger import Ledger
 from difftilt.models.markov import MarkovPosterior
 from difftilt.process.gaussian import GaussianProcess
+from difftilt.rewards import FunctionReward
 from difftilt.sampling.noise import Noise
-from difftilt.sampling.presets import Preset
+from difftilt.sampling.presets import Preset, euler
 from difftilt.sampling.rollout import rollout
 from difftilt.statistics import enumerate_sequences
-from difftilt.testbeds.exact_chain import ring_mixture
+from difftilt.testbeds.exact_chain import exact_chain, ring_mixture
 from difftilt.training.protocol import Task
 from difftilt.values import (
     ClosedForm,
     LatentReward,
     Learned,
+    Lookahead,
     PosteriorMean,
     Rollout,
     Rows,
@@ -27,6 +30,7 @@ from difftilt.values import (
     fit_value,
     regression_loss,
 )
+from difftilt.values.estimates import lookahead_times
 from difftilt.values.learned import Regression
 
 
@@ -46,10 +50,11 @@ def test_at_the_end_every_estimate_is_the_reward() -> None:
         PosteriorMean(reward),
         SampledX0(reward, 3, 1.0, Noise(0)),
         Rollout(reward, model, preset, task.sampler.grid, 3, 1.0, Noise(0)),
+        Lookahead(reward, model, 3),
     )
     for value in values:
-        assert torch.equal(value(x, torch.zeros(2), None, None, rows(2)).float(), x[:, 0])
-    assert reward.ledger.reward_calls == 6
+        assert torch.equal(value(x, torch.zeros(2), None, None, rows(2, 16)).float(), x[:, 0])
+    assert reward.ledger.reward_calls == 8
     assert torch.equal(ClosedForm(lambda x, t, c: x[:, 1])(x, torch.zeros(2), None, None, rows(2)), x[:, 1])
 
 
@@ -135,3 +140,42 @@ def test_a_value_network_reads_tokens() -> None:
     found = Learned(network)(x, torch.full((2,), 0.5), None, None, rows(2))
     assert found.shape == (2,)
     assert found[0] != found[1]
+
+
+def test_a_lookahead_nears_the_whole_solution_of_the_ode() -> None:
+    """The end of the ODE over the sampler's own grid, against the estimate after T' evaluations off it."""
+    task, steps, at = exact_chain(ring_mixture(), lambda x: x[:, 0], 30), 30, 10
+    model, grid = denoiser(task.model), task.sampler.grid
+    process = task.model.process
+    index = torch.arange(200)
+    with torch.no_grad():
+        eps = Noise(0).normal(index, (2,), purpose="corruption")
+        clean = ring_mixture().means[index % 8] + 0.3 * Noise(0).normal(index, (2,), purpose="data")
+        t = torch.full((200,), float(grid[at]))
+        x_t = process.corrupt(clean, t, eps)
+        end = rollout(model, euler(), grid[at:], x_t, None, noise=Noise(0), index=index).x_0
+        seen: list[Tensor] = []
+        reward = LatentReward(FunctionReward("keep", lambda s: keep(seen, s.media)), task.model.decode, ("",), Ledger())
+        for count in (1, 2, 3, 6, 10):
+            before = model.ledger.nfe
+            prediction = model(x_t, t, None)
+            Lookahead(reward, model, count, clock=steps)(x_t, t, None, prediction, rows(200, at))
+            assert model.ledger.nfe - before == 200 * count
+    gaps = [float((x - end).norm(dim=1).mean()) for x in seen]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[0] > 0.3
+    assert gaps[-1] < 0.05
+
+
+def keep(seen: list[Tensor], media: Tensor) -> Tensor:
+    seen.append(media)
+    return media[:, 0]
+
+
+def test_times_of_a_lookahead() -> None:
+    assert lookahead_times(0.5, 1, None) == [0.5]
+    assert lookahead_times(0.6, 3, None) == pytest.approx([0.6, 0.4, 0.2])
+    # 3/30 in four parts: 2.25, 1.5 and 0.75 of 30 round down to 2, 1 and 0; equal ones and the end are left out
+    assert lookahead_times(0.1, 4, 30) == pytest.approx([0.1, 2 / 30, 1 / 30])
+    # a grid point that float arithmetic puts just below its multiple of 1/clock
+    assert lookahead_times(2 * (1 / 30) * 3, 2, 30) == pytest.approx([0.2, 0.1])

@@ -13,6 +13,7 @@ from difftilt.rewards.base import FunctionReward, as_reward
 from difftilt.rewards.compose import Moments, WeightedSum
 from difftilt.rewards.corrected import Corrected
 from difftilt.rewards.instances import FrechetPerSample, MeanReward, as_set
+from difftilt.rewards.masked import Masked
 from difftilt.rewards.protocol import Capabilities, Reward, Samples, Scores, SetReward, TrainedReward
 from difftilt.rewards.reference import ReferenceSet
 from difftilt.rewards.scoring import encode, evaluate, score_components
@@ -27,6 +28,7 @@ __all__ = [
     "FrechetReward",
     "FunctionReward",
     "MMDReward",
+    "Masked",
     "MeanReward",
     "Moments",
     "ReferenceSet",

@@ -69,6 +69,7 @@ class Capabilities:
             reward is a :class:`SetReward`.
         features: offers ``features(samples)`` for diversity and set statistics.
         trained: has ``update`` and ``snapshot``.
+        missing: NaN says that a sample has no score; only steerers, which never choose such a sample, take that.
         cost: rough cost of one call in network evaluations; only ranks rewards.
         tolerance: fall of its mean at which a monitor speaks, where it is only watched; None is one standard deviation
             over samples.
@@ -79,6 +80,7 @@ class Capabilities:
     pooled: bool = False
     features: bool = False
     trained: bool = False
+    missing: bool = False
     cost: float = 0.0
     tolerance: float | None = None
 

@@ -33,7 +33,8 @@ def evaluate(reward: Reward, samples: Samples, ledger: Ledger, gather: Gather = 
     the features of these samples, and every sample receives its score.
 
     Raises:
-        RewardError: if a reward raises, or returns anything but one finite score for each sample (or set).
+        RewardError: if a reward raises, or returns anything but one finite score for each sample (or set), NaN excepted
+            for one whose capabilities say ``missing``.
     """
     components = score_components(reward, samples, ledger, gather)
     return Scores(_total(reward, components, samples), components)
@@ -117,7 +118,8 @@ def _checked(reward: Reward, name: str, samples: Samples, ledger: Ledger, gather
     sets = reward.capabilities.set_valued
     _check_shape(name, scores, rows, len(labels) if sets else rows, "set" if sets else "sample")
     scores = scores.float()
-    _check_finite(name, scores, samples, labels.tolist() if sets else None)
+    known = torch.where(scores.isnan(), 0.0, scores) if reward.capabilities.missing else scores
+    _check_finite(name, known, samples, labels.tolist() if sets else None)
     return to_members(scores, samples.group) if sets else scores
 
 

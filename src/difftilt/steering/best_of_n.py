@@ -5,9 +5,10 @@ its drift from the base is at most log n - (n - 1)/n nats (Beirami et al. 2024, 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -16,9 +17,11 @@ from difftilt.config import Config
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
-from difftilt.steering.particles import Outcome, best_rows, bind, finish, propose, start
-from difftilt.steering.protocol import Progress, Steered
+from difftilt.steering.loop import Selected, Visit, best_alone, search
+from difftilt.steering.particles import Chain, bind, start
+from difftilt.steering.protocol import Particles, Progress, Steered
 from difftilt.training.protocol import Task
+from difftilt.values.estimates import PosteriorMean
 
 CARD = Card(
     name="best-of-n",
@@ -57,13 +60,29 @@ class BestOfN:
         """Sample n times for every prompt; arguments as in the protocol."""
         scorer = bind(reward, task, prompts, denoise)
         chain, particles = start(task, denoise, prompts, self.config.particles, noise, index)
-        for position in range(chain.steps):
-            particles = propose(chain, particles, position)
-            if progress is not None:
-                progress(position + 1, chain.steps, None)
-        samples = scorer.samples(particles.x, particles.group)
-        rewards = scorer.score(samples)
-        weight = torch.zeros_like(particles.log_weight)
-        weight[best_rows(chain, rewards)] = 1.0
-        log_z = particles.log_weight.new_full((len(prompts),), torch.nan)
-        return finish(chain, Outcome(particles, rewards, weight, log_z, ()), samples.media)
+        return search(Unselective(), chain, particles, scorer, PosteriorMean(scorer), progress=progress)
+
+
+@dataclass(frozen=True)
+class Unselective:
+    """Nothing is valued before the end; there the weight of each prompt goes to its best particle."""
+
+    copies: bool = False
+
+    def branch(self, position: int, size: int) -> int:
+        """One child each."""
+        return 1
+
+    def visits(self, position: int) -> bool:
+        """Nowhere."""
+        return False
+
+    def select(self, visit: Visit) -> Selected:
+        """Everybody goes on."""
+        return Selected(visit.chain, visit.particles, visit.chain.by_group(visit.scores)[:, 0] * 0 + visit.chain.size)
+
+    def weigh(
+        self, chain: Chain, particles: Particles, rewards: Float[Tensor, " particles"]
+    ) -> tuple[Float[Tensor, " particles"], Float[Tensor, " prompts"]]:
+        """All on the best."""
+        return best_alone(chain, rewards)

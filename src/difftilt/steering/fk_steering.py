@@ -15,31 +15,19 @@ from pydantic import Field
 from torch import Tensor
 
 from difftilt.card import Card
-from difftilt.config import Config
 from difftilt.errors import UserError
 from difftilt.models.protocol import Denoiser
-from difftilt.process.gaussian import GaussianProcess
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import Guide, NoiseSource
 from difftilt.steering.guides import value_guide
-from difftilt.steering.particles import (
-    Chain,
-    Outcome,
-    Weighing,
-    best_rows,
-    bind,
-    finish,
-    gather,
-    predicted,
-    propose,
-    start,
-    weighted,
-)
+from difftilt.steering.loop import Selected, Visit, best_alone, search
+from difftilt.steering.particles import Chain, bind, gather, start, weighted
 from difftilt.steering.potentials import Lineage, PotentialName, begin, gain, offset
 from difftilt.steering.protocol import Particles, Progress, Steered
-from difftilt.steering.resampling import RESAMPLERS, ResamplerName, distinct, effective_sample_size, log_mean_exp
+from difftilt.steering.resampling import RESAMPLERS, ResamplerName, effective_sample_size, log_mean_exp
+from difftilt.steering.valuing import Valued, value_of
 from difftilt.training.protocol import Task
-from difftilt.values.estimates import LatentReward, PosteriorMean, Rollout, SampledX0
+from difftilt.values.estimates import LatentReward
 from difftilt.values.protocol import Value
 
 CARD = Card(
@@ -50,7 +38,7 @@ CARD = Card(
 )
 
 
-class FKSteeringConfig(Config):
+class FKSteeringConfig(Valued):
     """Settings of Feynman-Kac steering."""
 
     particles: int = Field(default=4, ge=1)
@@ -69,12 +57,6 @@ class FKSteeringConfig(Config):
     """``ess`` resamples below this share of the particles."""
     resampler: ResamplerName = "systematic"
     """How ancestors are drawn; the reference draws ``multinomial``."""
-    value: Literal["posterior_mean", "x0_samples", "rollout"] = "posterior_mean"
-    """Intermediate reward: of the point prediction, of draws from it (tokens), or of completed chains (costly)."""
-    x0_samples: int = Field(default=4, ge=1)
-    """Clean samples per state for ``x0_samples`` and ``rollout``."""
-    value_temperature: float | None = Field(default=None, gt=0)
-    """Temperature of the log mean exp over them; None is ``temperature``, the soft value, and 1 the paper's form."""
     guide_scale: float = Field(default=0.0, ge=0)
     """Moves each Gaussian proposal by scale·std²·∇r(x0hat)/β; its weight pays the kernel ratio."""
     output: Literal["weighted", "resampled", "best"] = "weighted"
@@ -112,22 +94,15 @@ class FKSteering:
         progress: Progress | None = None,
     ) -> Steered:
         """Sample for every prompt; arguments as in the protocol."""
-        config, scorer = self.config, bind(reward, task, prompts, denoise)
-        chain, particles = start(task, denoise, prompts, config.particles, noise, index)
-        times = self.times(chain.steps)
-        value, guide = self._value(scorer, chain), self._guide(scorer, chain)
-        smc = _begin(particles, config, len(prompts))
-        for position in range(chain.steps):
-            smc, ess = self._visit(chain, smc, position, value) if position in times else (smc, None)
-            if progress is not None and position:
-                progress(position, chain.steps, ess)
-            parting = config.particles > 1 and any(point <= position for point in times)
-            smc = replace(smc, particles=propose(chain, smc.particles, position, guide, parting=parting))
-        samples = scorer.samples(smc.particles.x, smc.particles.group)
-        steered = self._end(chain, smc, scorer.score(samples), samples.media)
-        if progress is not None:
-            progress(chain.steps, chain.steps, steered.ess[-1])
-        return steered
+        scorer = bind(reward, task, prompts, denoise)
+        chain, particles = start(task, denoise, prompts, self.config.particles, noise, index)
+        rule = FeynmanKac(
+            self.config, self.times(chain.steps), chain.steps, particles.log_weight.new_zeros(len(prompts))
+        )
+        particles = rule.begin(particles)
+        value = self.value or value_of(self.config, scorer, chain, self.config.temperature)
+        guide = self._guide(scorer, chain)
+        return search(rule, chain, particles, scorer, value, guide=guide, progress=progress)
 
     def times(self, steps: int) -> frozenset[int]:
         """The weighting points before the end, on a grid of ``steps`` steps.
@@ -148,99 +123,89 @@ class FKSteering:
             raise UserError(f"resample_at names grid points {outside}; this sampler's grid runs from 0 to {steps}")
         return frozenset(chosen) - {steps}
 
-    def _value(self, scorer: LatentReward, chain: Chain) -> Value:
-        config = self.config
-        if self.value is not None:
-            return self.value
-        if config.value == "posterior_mean":
-            return PosteriorMean(scorer)
-        temperature = config.temperature if config.value_temperature is None else config.value_temperature
-        if config.value == "x0_samples":
-            if isinstance(chain.denoise.process, GaussianProcess):
-                raise UserError(
-                    "steerer.value = x0_samples draws tokens; this model is continuous: use rollout or posterior_mean"
-                )
-            return SampledX0(scorer, config.x0_samples, temperature, chain.noise)
-        return Rollout(scorer, chain.denoise, chain.preset, chain.grid, config.x0_samples, temperature, chain.noise)
-
     def _guide(self, scorer: LatentReward, chain: Chain) -> Guide | None:
         if self.config.guide_scale == 0:
             return self.guide
         return value_guide(scorer, chain, self.config.guide_scale / self.config.temperature)
 
-    def _visit(self, chain: Chain, smc: "_SMC", position: int, value: Value) -> "tuple[_SMC, Tensor]":
-        """Value, weigh and, where the rule says so, select at one grid point before the end."""
-        particles = predicted(chain, smc.particles, position)
-        t = chain.time(position, particles.x)
-        # the prediction is made with no gradient and stays with the particle: the next step uses it again
-        scores = value(particles.x, t, particles.condition, particles.prediction, chain.rows(position))
-        smc = self._weigh(replace(smc, particles=particles), chain, scores, final=False)
-        log_weight = chain.by_group(smc.particles.log_weight)
+
+@dataclass
+class FeynmanKac:
+    """Weigh by the potential, resample where the rule says so, carry the weights elsewhere.
+
+    Attributes:
+        config: settings.
+        times: grid points before the end that weigh.
+        steps: of the grid.
+        log_z: collected at resamplings.
+    """
+
+    config: FKSteeringConfig
+    times: frozenset[int]
+    steps: int
+    log_z: Float[Tensor, " prompts"]
+
+    @property
+    def copies(self) -> bool:
+        """Resampling copies particles, where there are several."""
+        return self.config.particles > 1
+
+    def begin(self, particles: Particles) -> Particles:
+        """With the memory that the potential needs."""
+        lineage = begin(self.config.potential, len(particles.group), self.config.r_min, particles.log_weight.device)
+        memory = {**particles.memory, "record": lineage.record, "total": lineage.total}
+        return replace(particles, memory=memory)
+
+    def branch(self, position: int, size: int) -> int:
+        """One child each: copies are made by resampling."""
+        return 1
+
+    def visits(self, position: int) -> bool:
+        """At the chosen points and at the end."""
+        return position in self.times or position == self.steps
+
+    def select(self, visit: Visit) -> Selected:
+        """Weigh; before the end resample the prompts whose effective sample size is low."""
+        chain, config = visit.chain, self.config
+        particles = self._weighed(visit)
+        log_weight = chain.by_group(particles.log_weight)
         ess = effective_sample_size(log_weight)
-        low = ess < self.config.ess_threshold * chain.size
-        smc = self._select(chain, smc, low if self.config.resample == "ess" else torch.ones_like(low), position)
-        return replace(smc, log=(*smc.log, _weighing(chain, smc.particles, ess))), ess
+        if visit.final:
+            self.log_z = self.log_z + offset(config.potential, config.r_min) / config.temperature
+            if config.output == "resampled":
+                particles = self._resampled(chain, particles, torch.ones_like(ess, dtype=torch.bool), visit.position)
+        else:
+            low = ess < config.ess_threshold * chain.size
+            selecting = low if config.resample == "ess" else torch.ones_like(low)
+            particles = self._resampled(chain, particles, selecting, visit.position)
+        return Selected(chain, particles, ess)
 
-    def _weigh(self, smc: "_SMC", chain: Chain, scores: Float[Tensor, " particles"], final: bool) -> "_SMC":
-        memory = smc.particles.memory
+    def _weighed(self, visit: Visit) -> Particles:
+        memory = visit.particles.memory
         lineage = Lineage(memory["record"], memory["total"])
-        step, lineage = gain(self.config.potential, lineage, scores, final)
-        particles = weighted(chain, smc.particles, step / self.config.temperature)
-        memory = {**memory, "record": lineage.record, "total": lineage.total}
-        return replace(smc, particles=replace(particles, memory=memory))
+        step, lineage = gain(self.config.potential, lineage, visit.scores, visit.final)
+        particles = weighted(visit.chain, visit.particles, step / self.config.temperature)
+        return replace(particles, memory={**memory, "record": lineage.record, "total": lineage.total})
 
-    def _select(self, chain: Chain, smc: "_SMC", selecting: Bool[Tensor, " prompts"], position: int) -> "_SMC":
+    def _resampled(
+        self, chain: Chain, particles: Particles, selecting: Bool[Tensor, " prompts"], position: int
+    ) -> Particles:
         """Draw ancestors for the prompts that resample; the others keep their particles and carry their weights."""
-        log_weight = chain.by_group(smc.particles.log_weight)
+        log_weight = chain.by_group(particles.log_weight)
         drawn = RESAMPLERS[self.config.resampler](log_weight, chain.uniform("resample", position))
         stay = torch.arange(chain.size, device=drawn.device).expand_as(drawn)
-        particles = gather(chain, smc.particles, torch.where(selecting[:, None], drawn, stay))
-        log_z = smc.log_z + torch.where(selecting, log_mean_exp(log_weight), 0.0)
+        particles = gather(chain, particles, torch.where(selecting[:, None], drawn, stay))
+        self.log_z = self.log_z + torch.where(selecting, log_mean_exp(log_weight), 0.0)
         keep = ~selecting if self.config.compat is None else torch.zeros_like(selecting)
         carried = torch.where(keep[:, None], log_weight, 0.0).flatten()
-        return replace(smc, particles=replace(particles, log_weight=carried), log_z=log_z)
+        return replace(particles, log_weight=carried)
 
-    def _end(self, chain: Chain, smc: "_SMC", rewards: Float[Tensor, " particles"], media: Tensor) -> Steered:
-        """The last weighting, with r(x_0) itself, and the chosen form of the output."""
-        smc = self._weigh(smc, chain, rewards, final=True)
-        log_weight = chain.by_group(smc.particles.log_weight)
-        ess = effective_sample_size(log_weight)
-        log_z = (
-            smc.log_z
-            + log_mean_exp(log_weight)
-            + offset(self.config.potential, self.config.r_min) / (self.config.temperature)
-        )
-        weight = log_weight.softmax(-1).flatten()
-        particles = smc.particles
-        if self.config.output == "resampled":
-            every = torch.ones(len(log_z), dtype=torch.bool, device=log_z.device)
-            tagged = replace(
-                particles, memory={**particles.memory, "row": torch.arange(len(rewards), device=rewards.device)}
-            )
-            particles = self._select(chain, replace(smc, particles=tagged), every, chain.steps).particles
-            rewards, media = rewards[particles.memory["row"]], media[particles.memory["row"]]
-            weight = torch.full_like(weight, 1 / chain.size)
-        elif self.config.output == "best":
-            weight = torch.zeros_like(weight)
-            weight[best_rows(chain, rewards)] = 1.0
-        log = (*smc.log, _weighing(chain, particles, ess))
-        return finish(chain, Outcome(particles, rewards, weight, log_z, log), media)
-
-
-@dataclass(frozen=True)
-class _SMC:
-    """The state of the sampler: particles, the normaliser collected at resamplings, and the log."""
-
-    particles: Particles
-    log_z: Float[Tensor, " prompts"]
-    log: tuple[Weighing, ...] = ()
-
-
-def _begin(particles: Particles, config: FKSteeringConfig, prompts: int) -> _SMC:
-    lineage = begin(config.potential, len(particles.group), config.r_min, particles.log_weight.device)
-    memory = {**particles.memory, "record": lineage.record, "total": lineage.total}
-    return _SMC(replace(particles, memory=memory), particles.log_weight.new_zeros(prompts))
-
-
-def _weighing(chain: Chain, particles: Particles, ess: Float[Tensor, " prompts"]) -> Weighing:
-    return Weighing(ess, distinct(chain.by_group(particles.memory["origin"])))
+    def weigh(
+        self, chain: Chain, particles: Particles, rewards: Float[Tensor, " particles"]
+    ) -> tuple[Float[Tensor, " particles"], Float[Tensor, " prompts"]]:
+        """The chosen form of the output; after a last resampling the log-weights are 0."""
+        log_weight = chain.by_group(particles.log_weight)
+        log_z = self.log_z + log_mean_exp(log_weight)
+        if self.config.output == "best":
+            return best_alone(chain, rewards)[0], log_z
+        return log_weight.softmax(-1).flatten(), log_z

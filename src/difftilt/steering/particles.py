@@ -1,4 +1,4 @@
-"""The loop of particle steerers in parts: start, predict, propose, (value, weigh,) gather, finish.
+"""The parts of particle steerers: start, predict, propose, gather; ``steering.loop`` strings them together.
 
 Particles of all prompts stand in one flat batch, those of one prompt together. Noise is keyed by the slot, never by the
 particle that stands in it, so copies of one parent part at the next stochastic step. The prediction that valued a state
@@ -19,8 +19,8 @@ from difftilt.rewards.protocol import Reward
 from difftilt.sampling.presets import Preset, euler
 from difftilt.sampling.protocol import Guide, Moment, NoiseSource, Step
 from difftilt.sampling.rollout import start_state, step_noise
-from difftilt.steering.protocol import Particles, Steered
-from difftilt.steering.resampling import Ancestors
+from difftilt.sampling.steps import GaussianStep
+from difftilt.steering.protocol import Particles
 from difftilt.training.protocol import Task
 from difftilt.trees import take, to_device, tree_map
 from difftilt.values.estimates import LatentReward
@@ -37,9 +37,11 @@ class Chain:
         last: takes the place of the preset in the last step of a sampler with a clean end.
         grid: (steps + 1,) falling times.
         noise: source of all draws.
-        slots: noise index of each slot, (groups · size,).
-        group: prompt of each slot.
-        size: particles per prompt.
+        home: noise index of every place of every prompt, (groups, places).
+        slots: noise index of each row now, (groups · size,).
+        group: prompt of each row.
+        size: rows per prompt.
+        branch: children that every parent has just had; the rows of one parent stand together.
         before: the ledger when the chain began.
     """
 
@@ -48,10 +50,12 @@ class Chain:
     last: Preset | None
     grid: Float[Tensor, " times"]
     noise: NoiseSource
+    home: Int[Tensor, "groups places"]
     slots: Int[Tensor, " particles"]
     group: Int[Tensor, " particles"]
     size: int
     before: Ledger
+    branch: int = 1
 
     @property
     def steps(self) -> int:
@@ -69,7 +73,7 @@ class Chain:
         return torch.full((len(x),), float(self.grid[position]), dtype=dtype, device=x.device)
 
     def rows(self, position: int) -> Rows:
-        """Who the slots are, for a value."""
+        """Who the rows are, for a value."""
         return Rows(self.slots, self.group, position)
 
     def by_group(self, column: Shaped[Tensor, " particles"]) -> Shaped[Tensor, "groups size"]:
@@ -77,8 +81,21 @@ class Chain:
         return column.reshape(-1, self.size)
 
     def uniform(self, purpose: str, position: int) -> Float[Tensor, "groups size"]:
-        """One uniform per slot."""
+        """One uniform per row."""
         return self.by_group(self.noise.uniform(self.slots, (), purpose=purpose, step=position))
+
+    def branched(self, count: int) -> "Chain":
+        """Every row ``count`` times; child j of the row in slot i has the noise index i·count + j."""
+        child = torch.arange(count, device=self.slots.device).repeat(len(self.slots))
+        slots = self.slots.repeat_interleave(count) * count + child
+        group = self.group.repeat_interleave(count)
+        return replace(self, slots=slots, group=group, size=self.size * count, branch=count)
+
+    def settled(self, size: int, slots: Int[Tensor, "groups size"] | None = None) -> "Chain":
+        """``size`` rows per prompt, in the first places, or in slots of their own."""
+        kept = self.home[:, :size] if slots is None else slots
+        group = torch.arange(len(self.home), device=self.group.device).repeat_interleave(size)
+        return replace(self, slots=kept.flatten(), group=group, size=size, branch=1)
 
 
 def start(
@@ -88,6 +105,8 @@ def start(
     size: int,
     noise: NoiseSource,
     index: Int[Tensor, " prompts"] | None = None,
+    *,
+    places: int | None = None,
 ) -> tuple[Chain, Particles]:
     """``size`` particles per prompt at the noise end, with equal weights.
 
@@ -97,22 +116,25 @@ def start(
         prompts: one group of particles each.
         size: particles per prompt.
         noise: of the whole call.
-        index: global index of each prompt, 0, 1, ... by default; particle j of prompt i has the noise index i·size + j,
+        index: global index of each prompt, 0, 1, ... by default; place j of prompt i has the noise index i·places + j,
             so a batch of prompts gives what its prompts give one by one.
+        places: most particles per prompt that will be settled at once; None is ``size``.
     """
     device = _device(task.model.network)
     every = torch.arange(len(prompts), device=device)
-    place = torch.arange(size, device=device)
     index = every if index is None else index.to(device)
-    slots = (index[:, None] * size + place).flatten()
-    group = every.repeat_interleave(size)
-    x = start_state(task.model.process, noise, slots, task.model.shape)
-    log_weight = torch.zeros(len(slots), dtype=torch.float64, device=device)
-    condition = take(to_device(task.model.encode(prompts), device), group)
-    particles = Particles(x, group, condition, log_weight, memory={"origin": place.repeat(len(prompts))})
-    preset = Preset("steering", task.sampler.kernel)
+    places = size if places is None else places
+    home = index[:, None] * places + torch.arange(places, device=device)
     last = euler() if task.sampler.clean_end else None
-    return Chain(denoise, preset, last, task.sampler.grid, noise, slots, group, size, denoise.ledger.copy()), particles
+    preset = Preset("steering", task.sampler.kernel)
+    before = denoise.ledger.copy()
+    chain = Chain(denoise, preset, last, task.sampler.grid, noise, home, home[:, :0].flatten(), every[:0], 0, before)
+    chain = chain.settled(size)
+    x = start_state(task.model.process, noise, chain.slots, task.model.shape)
+    log_weight = torch.zeros(len(x), dtype=torch.float64, device=device)
+    condition = take(to_device(task.model.encode(prompts), device), chain.group)
+    origin = torch.arange(size, device=device).repeat(len(prompts))
+    return chain, Particles(x, chain.group, condition, log_weight, memory={"origin": origin})
 
 
 def _device(network: Network) -> torch.device:
@@ -142,44 +164,62 @@ def predicted(chain: Chain, particles: Particles, position: int) -> Particles:
 
 
 def propose(
-    chain: Chain, particles: Particles, position: int, guide: Guide | None = None, *, parting: bool = False
-) -> Particles:
-    """Draw every particle's state at grid point ``position + 1``.
+    chain: Chain,
+    particles: Particles,
+    position: int,
+    guide: Guide | None = None,
+    *,
+    branch: int = 1,
+    parting: bool = False,
+) -> tuple[Chain, Particles]:
+    """Draw the states at grid point ``position + 1``, ``branch`` from every particle, from one evaluation each.
 
     A guided proposal pays log p(x_s | x_t) - log tau(x_s | x_t), summed over the dimensions of a sample, into the
-    log-weight; the kernel's own proposal pays nothing.
+    log-weight; the kernel's own proposal pays nothing. A last step without noise has one child only: its draws are
+    equal.
 
     Args:
         chain: what stays.
         particles: at grid point ``position``.
         position: index of the step.
         guide: shifts the law that draws.
+        branch: children of every particle.
         parting: copies of one parent must part in this chain, so a deterministic kernel is refused.
     """
     if float(chain.grid[position]) == float(chain.grid[position + 1]):
-        return particles
+        return replace(chain, branch=1), particles
     particles = predicted(chain, particles, position)
     assert particles.prediction is not None
     t, s = chain.time(position, particles.x), chain.time(position + 1, particles.x)
-    if position == chain.steps - 1 and chain.last is not None:
-        step = chain.last.step(particles.prediction, particles.x, t, s)
-        return replace(particles, x=step.draw(step_noise(step, chain.noise, chain.slots, position)), prediction=None)
-    step = chain.preset.step(particles.prediction, particles.x, t, s)
-    if step.deterministic and (parting or guide is not None):
+    last = position == chain.steps - 1
+    clean = chain.last if last else None
+    step = (chain.preset if clean is None else clean).step(particles.prediction, particles.x, t, s)
+    if clean is None and step.deterministic and (parting or branch > 1 or guide is not None):
         raise UserError(
             "the task's kernel is deterministic, so copies of a particle would stay identical: use a stochastic one, "
             "such as DDIM with eta above 0 or FlowSDE"
         )
-    delta = None if guide is None else _delta(chain, particles, step, (t, s), position, guide)
+    if branch > 1 and last and _noiseless(step):
+        branch = 1
+    delta = None if guide is None or clean is not None else _delta(chain, particles, step, (t, s), position, guide)
     drawing = step if delta is None else step.shift(delta)
+    chain = chain.branched(branch) if branch > 1 else replace(chain, branch=1)
+    if branch > 1:
+        again = torch.arange(len(particles.x), device=particles.x.device).repeat_interleave(branch)
+        particles, step, drawing, delta = take((replace(particles, prediction=None), step, drawing, delta), again)
     x = drawing.draw(step_noise(drawing, chain.noise, chain.slots, position))
     moved = replace(particles, x=x, prediction=None)
     if delta is None:
-        return moved
+        return chain, moved
     # a row that was not moved pays nothing; it may even be one without noise, which has no density
     still = (delta == 0).flatten(1).all(1)
     ratio = torch.where(still, 0.0, kernel_ratio(step, drawing, x))
-    return replace(moved, log_weight=particles.log_weight + ratio)
+    return chain, replace(moved, log_weight=particles.log_weight + ratio)
+
+
+def _noiseless(step: Step) -> bool:
+    """Whether all draws of a step are equal, as DDIM's to s = 0 are for any eta."""
+    return step.deterministic or (isinstance(step, GaussianStep) and not bool(step.std.any()))
 
 
 def _delta(
@@ -205,81 +245,27 @@ def _double(leaf: Tensor) -> Tensor:
     return leaf.double() if leaf.is_floating_point() else leaf
 
 
-def gather(chain: Chain, particles: Particles, ancestors: Ancestors) -> Particles:
+def gather(chain: Chain, particles: Particles, ancestors: Int[Tensor, "groups kept"]) -> Particles:
     """Everything that belongs to a particle, taken from its ancestor; noise stays with the slot.
 
     Args:
         chain: what stays.
         particles: all of them.
-        ancestors: position within its own group that each slot takes over, (groups, size).
+        ancestors: place among the ``chain.size`` rows of its own prompt that each slot takes over.
     """
     first = torch.arange(len(ancestors), device=ancestors.device)[:, None] * chain.size
     return take(particles, (first + ancestors).flatten())
 
 
 def weighted(chain: Chain, particles: Particles, log_gain: Float[Tensor, " particles"]) -> Particles:
-    """The particles with ``log_gain`` added to their log-weights.
+    """The particles with ``log_gain`` added to their log-weights; a particle that has no weight left stays without.
 
     Raises:
         GuardError: if a weight is not a number, or all weights of a prompt vanish.
     """
-    log_weight = particles.log_weight + log_gain
+    dead = particles.log_weight == -torch.inf
+    log_weight = torch.where(dead, -torch.inf, particles.log_weight + log_gain)
     largest = chain.by_group(log_weight).amax(-1)
     if not bool(largest.isfinite().all()):
         raise GuardError("the log-weights of a prompt are not finite: check the reward's range and the guide's scale")
     return replace(particles, log_weight=log_weight)
-
-
-@dataclass(frozen=True)
-class Weighing:
-    """What is logged at one weighting time, one entry per prompt."""
-
-    ess: Float[Tensor, " prompts"]
-    ancestors: Int[Tensor, " prompts"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a loop hands to :func:`finish`.
-
-    Attributes:
-        particles: finished.
-        rewards: r(x_0) of each.
-        weight: normalised in each group, float64.
-        log_z: per prompt.
-        weighings: in order of time.
-    """
-
-    particles: Particles
-    rewards: Float[Tensor, " particles"]
-    weight: Float[Tensor, " particles"]
-    log_z: Float[Tensor, " prompts"]
-    weighings: Sequence[Weighing]
-
-
-def best_rows(chain: Chain, rewards: Float[Tensor, " particles"]) -> Int[Tensor, " prompts"]:
-    """Row of the highest reward of each prompt."""
-    best = chain.by_group(rewards).argmax(-1)
-    return best + torch.arange(len(best), device=best.device) * chain.size
-
-
-def finish(chain: Chain, outcome: Outcome, media: Tensor) -> Steered:
-    """The record of a steering call."""
-    prompts = len(outcome.log_z)
-    weighings = outcome.weighings
-    ess = torch.stack([w.ess for w in weighings]) if weighings else outcome.log_z.new_zeros(0, prompts)
-    ancestors = (
-        torch.stack([w.ancestors for w in weighings]) if weighings else torch.zeros(0, prompts, dtype=torch.int64)
-    )
-    return Steered(
-        outcome.particles.x,
-        media,
-        outcome.particles.group,
-        outcome.weight,
-        outcome.rewards,
-        best_rows(chain, outcome.rewards),
-        outcome.log_z,
-        ess,
-        ancestors,
-        chain.ledger,
-    )

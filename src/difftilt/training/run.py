@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from difftilt.errors import GuardError
+from difftilt.errors import GuardError, UserError
 from difftilt.models.denoiser import NetworkDenoiser
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser, Roles
@@ -124,6 +124,8 @@ class LoopRun:
         (where gradients are on), which sees a microbatch anyway.
         """
         self._check_finite(samples)
+        if reward.capabilities.missing:
+            raise UserError(f"training needs a score for every sample; {reward.name!r} may have none: unmask it")
         start = time.perf_counter()
         scores = evaluate(reward, samples, self.ledger, self.world.gather)
         if isinstance(reward, WeightedSum) and reward.normalise in ("batch", "running") and not torch.is_grad_enabled():

@@ -9,7 +9,7 @@ that evaluates networks counts them in its denoiser's ledger. Noise is keyed by 
 particle that stands in it.
 """
 
-from difftilt.values.estimates import ClosedForm, LatentReward, PosteriorMean, Rollout, SampledX0
+from difftilt.values.estimates import ClosedForm, LatentReward, Lookahead, PosteriorMean, Rollout, SampledX0
 from difftilt.values.learned import Learned, ValueNetwork, fit_value, noised_loss, regression_loss
 from difftilt.values.process_reward import GradientGuide, Scorer, Strength, fit_process_reward
 from difftilt.values.protocol import Rows, Value
@@ -20,6 +20,7 @@ __all__ = [
     "GradientGuide",
     "LatentReward",
     "Learned",
+    "Lookahead",
     "PosteriorMean",
     "Rollout",
     "Rows",

@@ -8,6 +8,8 @@ of them are the reward itself.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -18,6 +20,7 @@ from difftilt.models.protocol import Denoiser
 from difftilt.process.protocol import Condition, Prediction
 from difftilt.rewards.protocol import Reward, Samples
 from difftilt.rewards.scoring import evaluate
+from difftilt.sampling.kernels import Euler
 from difftilt.sampling.noise import Apart
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import NoiseSource
@@ -124,11 +127,12 @@ class Rollout:
     temperature: float
     noise: NoiseSource
     soft: bool = True
+    reads_prediction: ClassVar[bool] = False
 
     def __call__(
         self, x_t: Tensor, t: Tensor, condition: Condition, prediction: Prediction | None, rows: Rows
     ) -> Float[Tensor, " batch"]:
-        if prediction is None:
+        if rows.step >= len(self.grid) - 1:
             return self.reward(x_t, rows.prompt)
         again, index = _copies(rows, self.count)
         path = rollout(
@@ -145,10 +149,54 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class Lookahead:
+    """r of the x0-prediction after ``count`` deterministic evaluations from the state (DLBS, arXiv 2501.19252).
+
+    The first of them is the prediction at the state, already paid for; the others stand at the times t·j/count, off the
+    sampler's grid, so it costs count - 1 evaluations. 1 is :class:`PosteriorMean`. Continuous processes only.
+
+    Attributes:
+        reward: of latents.
+        denoise: evaluated at the further times.
+        count: evaluations, T'.
+        clock: the times are rounded down to multiples of 1/clock, as a sampler with integer times does, and equal ones
+            visited once; None keeps them.
+    """
+
+    reward: LatentReward
+    denoise: Denoiser
+    count: int
+    clock: int | None = None
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, condition: Condition, prediction: Prediction | None, rows: Rows
+    ) -> Float[Tensor, " batch"]:
+        if prediction is None:
+            return self.reward(x_t, rows.prompt)
+        times, x = lookahead_times(float(t[0]), self.count, self.clock), x_t
+        for u, v in pairwise(times):
+            here, there = torch.full_like(t, u), torch.full_like(t, v)
+            x = Euler()(prediction, x, here, there).mean
+            condition = self.denoise.prepare(x, there, condition)
+            prediction = self.denoise(x, there, condition)
+        return self.reward(prediction.x0, rows.prompt)
+
+
+def lookahead_times(t: float, count: int, clock: int | None) -> list[float]:
+    """Where a lookahead from t evaluates: t first, then t·j/count for j = count - 1, ..., 1, each once, none at 0."""
+    later = [t * j / count for j in range(count - 1, 0, -1)]
+    if clock is not None:
+        # the times of a grid are such multiples but for rounding
+        later = [math.floor(u * clock + 1e-6) / clock for u in later]
+    return [t, *(u for u in dict.fromkeys(later) if 0 < u < t)]
+
+
+@dataclass(frozen=True)
 class ClosedForm:
     """A value known as a formula ``function(x_t, t, condition)``, in units of the reward."""
 
     function: Callable[[Tensor, Tensor, Condition], Tensor]
+    reads_prediction: ClassVar[bool] = False
 
     def __call__(
         self, x_t: Tensor, t: Tensor, condition: Condition, prediction: Prediction | None, rows: Rows

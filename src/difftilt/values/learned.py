@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -27,6 +27,7 @@ class Learned:
     """A network's value of a state; counts no evaluations, for it is not the denoiser."""
 
     network: ValueFunction
+    reads_prediction: ClassVar[bool] = False
 
     def __call__(
         self, x_t: Tensor, t: Tensor, condition: Condition, prediction: Prediction | None, rows: Rows

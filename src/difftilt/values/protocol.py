@@ -28,8 +28,9 @@ class Rows(Batched):
 class Value(Protocol):
     """``(x_t, t, condition, prediction, rows) -> (batch,)`` in units of the reward.
 
-    ``prediction`` is the network's at (x_t, t), already paid for, or None where there is none (t = 0). Values that need
-    further evaluations count them in the ledger of the denoiser they hold.
+    ``prediction`` is the network's at (x_t, t), already paid for, or None where there is none: at t = 0, and for a
+    value that does not read it (:func:`reads_prediction`). Values that need further evaluations count them in the
+    ledger of the denoiser they hold.
     """
 
     def __call__(
@@ -40,3 +41,12 @@ class Value(Protocol):
         prediction: Prediction | None,
         rows: Rows,
     ) -> Float[Tensor, " batch"]: ...
+
+
+def reads_prediction(value: Value) -> bool:
+    """Whether a value wants the network's prediction at the state.
+
+    An attribute ``reads_prediction = False`` says that it does not: of candidates that will be dropped it is then not
+    computed.
+    """
+    return bool(getattr(value, "reads_prediction", True))

@@ -1,0 +1,34 @@
+"""A reward that may have nothing to say about some samples."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from difftilt.rewards.protocol import Capabilities, Reward, Samples
+
+
+@dataclass(frozen=True)
+class Masked:
+    """The reward with NaN where it has no finite score, for callers that count such samples and never choose them.
+
+    Steerers do; training refuses NaN. Missing is not zero, and not the lowest score of the others either.
+
+    Attributes:
+        reward: scores samples one by one.
+    """
+
+    reward: Reward
+
+    @property
+    def name(self) -> str:
+        return self.reward.name
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(self.reward.capabilities, missing=True)
+
+    def score(self, samples: Samples) -> Float[Tensor, " batch"]:
+        scores = self.reward.score(samples)
+        return torch.where(scores.isfinite(), scores, torch.nan)

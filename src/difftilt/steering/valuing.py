@@ -1,0 +1,60 @@
+"""Which value a particle steerer asks, by name: the settings they share."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from difftilt.config import Config
+from difftilt.errors import UserError
+from difftilt.process.gaussian import GaussianProcess
+from difftilt.steering.particles import Chain
+from difftilt.values.estimates import LatentReward, Lookahead, PosteriorMean, Rollout, SampledX0
+from difftilt.values.protocol import Value
+
+
+class Valued(Config):
+    """Settings of the intermediate reward."""
+
+    value: Literal["posterior_mean", "x0_samples", "lookahead", "rollout"] = "posterior_mean"
+    """Intermediate reward: of the point prediction, of draws from it (tokens), of a few deterministic evaluations ahead
+    (continuous), or of completed chains (costly)."""
+    x0_samples: int = Field(default=4, ge=1)
+    """Clean samples per state for ``x0_samples`` and ``rollout``."""
+    value_temperature: float | None = Field(default=None, gt=0)
+    """Temperature of the log mean exp over them; None is ``temperature``, the soft value, and 1 the paper's form."""
+    lookahead: int = Field(default=6, ge=1)
+    """Evaluations of ``lookahead``; 1 is ``posterior_mean``."""
+    clock: int | None = Field(default=None, ge=1)
+    """``lookahead`` rounds its times down to multiples of 1/clock, as a sampler of so many integer times does."""
+
+
+def value_of(config: Valued, reward: LatentReward, chain: Chain, temperature: float) -> Value:
+    """The value that the settings name.
+
+    Args:
+        config: the settings.
+        reward: of latents.
+        chain: whose states are valued.
+        temperature: of the soft mean, where ``config.value_temperature`` does not say otherwise.
+
+    Raises:
+        UserError: for a value that the model's process does not offer.
+    """
+    continuous = isinstance(chain.denoise.process, GaussianProcess)
+    if config.value == "posterior_mean":
+        return PosteriorMean(reward)
+    if config.value == "lookahead":
+        if not continuous:
+            raise UserError(
+                "steerer.value = lookahead follows the ODE, and tokens have none: use x0_samples, rollout or "
+                "posterior_mean"
+            )
+        return Lookahead(reward, chain.denoise, config.lookahead, config.clock)
+    temperature = temperature if config.value_temperature is None else config.value_temperature
+    if config.value == "x0_samples":
+        if continuous:
+            raise UserError(
+                "steerer.value = x0_samples draws tokens; this model is continuous: use rollout or posterior_mean"
+            )
+        return SampledX0(reward, config.x0_samples, temperature, chain.noise)
+    return Rollout(reward, chain.denoise, chain.preset, chain.grid, config.x0_samples, temperature, chain.noise)
