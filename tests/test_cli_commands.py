@@ -95,7 +95,7 @@ def test_steer_writes_what_it_prints(difftilt: CommandLine, tmp_path: Path) -> N
 def test_the_python_interface_does_the_same(tmp_path: Path) -> None:
     name, three = "sequences/best-of-n", ["steerer.particles=3"]
     first = package.steer(name, overrides=three, seed=2)
-    second = package.steer(load_recipe(name), tmp_path / "out", seed=2, overrides=three)
+    second = package.steer(load_recipe(name), output=tmp_path / "out", seed=2, overrides=three)
     assert {**first.summary(), "seconds": 0} == {**second.summary(), "seconds": 0}
     assert package.steer(name, overrides=three, seed=3).summary() != first.summary()
 

@@ -88,7 +88,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def steered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("steered") / "fk"
-    package.steer("sequences/fk-steering", directory, overrides=["steerer.particles=8"])
+    package.steer("sequences/fk-steering", output=directory, overrides=["steerer.particles=8"])
     return directory
 
 

@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Steered on a testbed whose one prompt is trained on too."""
     directory = tmp_path_factory.mktemp("steered") / "fk"
-    package.steer("sequences/fk-steering", directory, overrides=["steerer.particles=8"])
+    package.steer("sequences/fk-steering", output=directory, overrides=["steerer.particles=8"])
     return directory
 
 
@@ -83,7 +83,7 @@ def test_a_steered_prompt_is_held_out_by_what_it_is_not_by_who_chose_it(tmp_path
     prompts = ["thin one", "bold three", "bold two"]
     directory = tmp_path / "fk"
     settings: dict[str, Any] = {"steering.prompts": prompts, "steerer.particles": 2}
-    package.steer("digits/best-of-n", directory, **settings)
+    package.steer("digits/best-of-n", output=directory, **settings)
     (group,) = pictures([one(directory)], 0)
     assert {prompt.text: prompt.heldout for prompt in group.prompts} == {text: text in HELDOUT for text in prompts}
 

@@ -1,34 +1,31 @@
 """The Python interface: what the command line does, with objects in and out."""
 
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
-
-from torch import nn
 
 from difftilt.checks.collect import collect as proofs_under
 from difftilt.checks.collect import run
 from difftilt.checks.proof import Result
+from difftilt.errors import UserError
 from difftilt.evaluation.arena.records import ArenaResult
 from difftilt.evaluation.arena.run import compare_arena
 from difftilt.evaluation.report.page import write_report
-from difftilt.models.denoiser import denoiser
+from difftilt.models.protocol import GenerativeModel
 from difftilt.recipes.building import build_task, laws_of, require
+from difftilt.recipes.calls import Scored, call_of_objects, call_of_recipe, run_call
 from difftilt.recipes.collecting import collect_groups
-from difftilt.recipes.directory import CONFIG, check_output, run_directory
+from difftilt.recipes.directory import CONFIG, check_free, check_output, run_directory
 from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe, run_of
-from difftilt.recipes.prompts import prompts_of
 from difftilt.recipes.schema import Recipe, load_recipe
-from difftilt.recipes.steered import SteerResult, best_scores
-from difftilt.rewards import as_reward
-from difftilt.sampling.noise import Noise
-from difftilt.steering.protocol import Progress, Steerer
+from difftilt.recipes.steered import SteerResult
+from difftilt.sampling.protocol import Sampler
+from difftilt.steering.budget import Budget
+from difftilt.steering.protocol import Anytime, Progress, Steerer
 from difftilt.training.loop import Hook, TrainResult, train_task
 from difftilt.training.offline import Manifest
-from difftilt.training.protocol import Method
+from difftilt.training.protocol import Method, Task
 from difftilt.training.world import join_world
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
@@ -71,43 +68,61 @@ def train(
 
 
 def steer(
-    recipe: RecipeLike,
-    output: str | Path | None = None,
+    source: RecipeLike | Task | GenerativeModel,
+    reward: Scored | None = None,
+    prompts: Sequence[str] | None = None,
     *,
+    method: str | Steerer | Anytime | None = None,
+    budget: Budget | Mapping[str, Any] | None = None,
+    sampler: Sampler | None = None,
+    output: str | Path | None = None,
     progress: Progress | None = None,
     overrides: Sequence[str] = (),
     **settings: object,
 ) -> SteerResult:
     """Sample with a steerer; the weights stay as they are.
 
+    ``steer(model, reward, prompts, method="svdd", temperature=0.1, budget={"nfe": 2000})`` or
+    ``steer("digits/fk-steering")``.
+
     Args:
-        recipe: what to run.
+        source: a model, a task, or what a recipe can be given as.
+        reward: a reward, or a function of samples that returns one score for each; None takes the task's.
+        prompts: what to sample for, all in one batch; None takes the held-out prompts of the task.
+        method: name of a steerer, ``module:Class``, or a steerer; a recipe names its own.
+        budget: what the call may spend, ``nfe`` and ``reward_calls`` for each prompt, ``seconds`` for the whole.
+        sampler: grid and kernel in place of the task's; a model alone takes 50 stochastic steps.
         output: new directory for ``config.yaml``, ``result.json``, ``samples.safetensors`` and a picture; None writes
             nothing.
         progress: called after every step with its number, the number of steps and the effective sample sizes.
-        overrides: ``dotted.key=value``, as on the command line.
-        settings: the same by keyword: ``seed``, or ``**{"steering.prompts": ["bold three"]}``, or the
-            path of a file with one prompt per line.
+        overrides: of a recipe, ``dotted.key=value``, as on the command line.
+        settings: fields of the steerer and ``seed``, ``forward_batch``, ``device``, ``invalid``; of a recipe by their
+            dotted names, ``**{"steerer.particles": 8}``, and ``seed``.
+
+    Returns:
+        All particles with their weights and rewards, effective sample sizes, and the cost.
+
+    Raises:
+        UserError: for everything that is wrong before any work is done.
     """
-    typed = _typed(recipe, overrides, settings)
-    part = require(typed, "steerer")
     if output is not None:
-        check_output(Path(output), typed, resume=False)
-    task = build_task(typed)
-    steerer = cast(Steerer, part.build(task))
-    prompts = prompts_of(task, typed.steering)
-    if typed.steering.prompts is not None:  # a file may change after the run: its prompts are kept, not its path
-        typed = replace(typed, steering=typed.steering.model_copy(update={"prompts": tuple(prompts)}))
-    if isinstance(task.model.network, nn.Module):
-        task.model.network.to(typed.steering.device)
-    model = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=typed.steering.forward_batch)
-    noise = Noise(typed.steering.seed)
-    began = time.perf_counter()
-    steered = steerer.steer(task, model, as_reward(task.reward), prompts, noise, progress=progress)
-    seconds = time.perf_counter() - began
-    result = SteerResult(prompts, steered, best_scores(task, prompts, steered), seconds)
+        check_free(Path(output))
+    if budget is not None:
+        settings |= {"budget": budget.model_dump() if isinstance(budget, Budget) else dict(budget)}
+    if isinstance(source, Task | GenerativeModel):
+        if overrides:
+            raise UserError("overrides change a recipe; give the settings of a steerer by keyword")
+        call = call_of_objects(source, reward, prompts, method or "fk-steering", sampler, settings)
+    else:
+        given = {"method": method, "sampler": sampler, "reward": reward}
+        for name in [name for name, value in given.items() if value is not None]:
+            raise UserError(f"{name} belongs to a model or a task; this recipe names its own: override it there")
+        chosen = {f"steering.{key}" if key == "budget" else key: value for key, value in settings.items()}
+        chosen |= {} if prompts is None else {"steering.prompts": list(prompts)}
+        call = call_of_recipe(_typed(source, overrides, chosen))
+    result = run_call(call, progress)
     if output is not None:
-        result.save(typed.to_yaml(), Path(output))
+        result.save(call.config, Path(output))
     return result
 
 

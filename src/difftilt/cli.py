@@ -115,7 +115,7 @@ def steer(
     if prompts and prompts_file is not None:
         raise UserError("steer: give either --prompts or --prompts-file, not both")
     chosen = _shortcuts(seed=seed, **{"steering.prompts": list(prompts) if prompts else prompts_file})
-    report = api.steer(recipe, output, progress=_steps, overrides=[*(overrides or []), *chosen]).summary()
+    report = api.steer(recipe, output=output, progress=_steps, overrides=[*(overrides or []), *chosen]).summary()
     _print_json(report) if as_json else _print(tables.steer_report(report))
 
 

@@ -25,6 +25,10 @@ class Ledger:
     def __sub__(self, other: "Ledger") -> "Ledger":
         return Ledger(*(mine - theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
+    def __mul__(self, count: int) -> "Ledger":
+        """The cost of ``count`` of them."""
+        return Ledger(*(count * mine for mine in astuple(self)))
+
     def copy(self) -> "Ledger":
         """The counts now, to subtract later."""
         return replace(self)

@@ -24,20 +24,26 @@ def check_output(output: Path, recipe: Recipe, *, resume: bool) -> None:
     Raises:
         UserError: if it holds something and ``resume`` is off, or holds another run, or there is nothing to resume.
     """
+    if not resume:
+        remedy = "name another one" if recipe.method is None else "add --resume to go on with it, or name another one"
+        check_free(output, remedy)
+        return
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file: name a directory")
-    occupied = output.is_dir() and any(output.iterdir())
-    if occupied and not resume:
-        remedy = "name another one" if recipe.method is None else "add --resume to go on with it, or name another one"
-        raise UserError(f"output {output} exists and is not empty: {remedy}")
-    if not resume:
-        return
     if not (output / CONFIG).exists():
         raise UserError(f"output {output} holds no run to resume ({CONFIG} is missing): leave out --resume")
     changed = differences(load_recipe(output / CONFIG).resolved(), recipe.resolved())
     if changed:
         lines = [f"  {key}: {was!r} there, {now!r} asked for" for key, (was, now) in changed.items()]
         raise UserError("\n".join([f"{output} was begun with another recipe: resume with the same values", *lines]))
+
+
+def check_free(output: Path, remedy: str = "name another one") -> None:
+    """Refuse a directory that holds something, or a file; touches nothing."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file: name a directory")
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"output {output} exists and is not empty: {remedy}")
 
 
 @contextmanager

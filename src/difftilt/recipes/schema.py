@@ -13,6 +13,7 @@ from difftilt.errors import UserError
 from difftilt.leaves import nearest
 from difftilt.recipes.loading import read
 from difftilt.recipes.parts import Part, read_part
+from difftilt.steering.budget import Budget
 from difftilt.training.config import Device, TrainingConfig
 
 
@@ -28,6 +29,11 @@ class SteeringConfig(Config):
     """Rows of every network call: shorter batches are padded, longer ones are split. A multiple of 4."""
     device: Device = "cpu"
     """Torch device of the network."""
+    budget: Budget = Budget()
+    """What the call may spend; where it is bounded, the number of particles follows from it unless it is set."""
+    invalid: Literal["error", "mask"] = "error"
+    """What a reward without a finite score does: ``error`` ends the call, ``mask`` counts the sample and never chooses
+    it."""
 
 
 class RewardWeights(Config):

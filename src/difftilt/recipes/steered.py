@@ -43,6 +43,7 @@ class SteerResult:
             "best": dict(self.best),
             "ledger": asdict(self.steered.ledger),
             "seconds": self.seconds,
+            "complete": self.steered.complete,
         }
 
     def save(self, config: str, output: Path) -> None:
@@ -79,6 +80,7 @@ def _rows(steered: Steered, prompts: Sequence[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for group, prompt in enumerate(prompts):
         mine = steered.group == group
+        mine = mine & ~steered.rewards.isnan()  # of those there is nothing to average
         weights, rewards = steered.weight[mine].double(), steered.rewards[mine].double()
         log_z = float(steered.log_z[group])
         rows.append(
@@ -89,6 +91,7 @@ def _rows(steered: Steered, prompts: Sequence[str]) -> list[dict[str, Any]]:
                 "log_z": None if log_z != log_z else log_z,
                 "ess": [float(value) for value in steered.ess[:, group]],
                 "ancestors": [int(value) for value in steered.ancestors[:, group]],
+                "invalid": None if steered.invalid is None else int(steered.invalid[group]),
             }
         )
     return rows

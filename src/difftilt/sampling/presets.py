@@ -10,9 +10,12 @@ from typing import Literal
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from difftilt.process.protocol import Prediction
+from difftilt.process.gaussian import GaussianProcess
+from difftilt.process.grid import uniform_grid
+from difftilt.process.protocol import Prediction, Process
 from difftilt.sampling.kernels import CPS, DDIM, DanceSDE, Euler, FlowSDE, StepwiseSDE, Unmasking
-from difftilt.sampling.protocol import Kernel, Reduction, Step
+from difftilt.sampling.protocol import Kernel, Reduction, Sampler, Step
+from difftilt.sampling.solvers import EulerSolver
 from difftilt.sampling.steps import GaussianStep
 
 
@@ -89,3 +92,9 @@ def euler() -> Preset:
 def unmasking() -> Preset:
     """Masked tokens; the density of a step is the sum over positions."""
     return Preset("unmasking", Unmasking(), reduce="sum", clip_range=0.2)
+
+
+def default_sampler(process: Process, steps: int = 50) -> Sampler:
+    """A stochastic sampler on a uniform grid for a model that comes without one: DDIM with eta 1, or unmasking."""
+    kernel = DDIM(1.0) if isinstance(process, GaussianProcess) else Unmasking()
+    return Sampler(uniform_grid(steps), kernel, EulerSolver() if isinstance(process, GaussianProcess) else None)

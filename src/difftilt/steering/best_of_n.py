@@ -14,6 +14,7 @@ from torch import Tensor
 
 from difftilt.card import Card
 from difftilt.config import Config
+from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
@@ -44,6 +45,10 @@ class BestOfN:
 
     def __init__(self, config: BestOfNConfig) -> None:
         self.config = config
+
+    def price(self, steps: int) -> Ledger:
+        """Every particle is sampled and scored once."""
+        return Ledger(nfe=steps, reward_calls=1) * self.config.particles
 
     @torch.no_grad()
     def steer(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from difftilt.card import Card
 from difftilt.errors import UserError
+from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import Guide, NoiseSource
@@ -25,7 +26,7 @@ from difftilt.steering.particles import Chain, bind, gather, start, weighted
 from difftilt.steering.potentials import Lineage, PotentialName, begin, gain, offset
 from difftilt.steering.protocol import Particles, Progress, Steered
 from difftilt.steering.resampling import RESAMPLERS, ResamplerName, effective_sample_size, log_mean_exp
-from difftilt.steering.valuing import Valued, value_of
+from difftilt.steering.valuing import Valued, value_of, value_price
 from difftilt.training.protocol import Task
 from difftilt.values.estimates import LatentReward
 from difftilt.values.protocol import Value
@@ -80,6 +81,12 @@ class FKSteering:
         if guide is not None and config.guide_scale > 0:
             raise UserError(f"give either a guide or guide_scale, not both (guide_scale is {config.guide_scale:g})")
         self.config, self.value, self.guide = config, value, guide
+
+    def price(self, steps: int) -> Ledger:
+        """Every particle is evaluated at every step, valued at the chosen points and scored; guides cost a gradient."""
+        config, valued = self.config, [value_price(self.config, steps - position) for position in self.times(steps)]
+        guided = Ledger(gradient_passes=steps, reward_calls=steps) if config.guide_scale > 0 else Ledger()
+        return (Ledger(nfe=steps, reward_calls=1) + guided + sum(valued, Ledger())) * config.particles
 
     @torch.no_grad()
     def steer(

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from difftilt.card import Card
+from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
@@ -23,7 +24,7 @@ from difftilt.steering.particles import Chain, bind, gather, start
 from difftilt.steering.protocol import Particles, Progress, Steered
 from difftilt.steering.resampling import effective_sample_size, multinomial
 from difftilt.steering.selection import categorical
-from difftilt.steering.valuing import Valued, value_of
+from difftilt.steering.valuing import Valued, value_of, value_price
 from difftilt.training.protocol import Task
 from difftilt.values.protocol import Value
 
@@ -60,6 +61,12 @@ class SVDD:
 
     def __init__(self, config: SVDDConfig, *, value: Value | None = None) -> None:
         self.config, self.value = config, value
+
+    def price(self, steps: int) -> Ledger:
+        """Every child is valued, those before the end by their own prediction, which the chosen one's step uses."""
+        valued = [value_price(self.config, left) for left in range(steps)]
+        children = sum((one + Ledger(nfe=left > 0) for left, one in enumerate(valued)), Ledger()) * self.config.children
+        return (Ledger(nfe=1) + children) * self.config.particles
 
     @torch.no_grad()
     def steer(

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from difftilt.config import Config
 from difftilt.errors import UserError
+from difftilt.models.ledger import Ledger
 from difftilt.process.gaussian import GaussianProcess
 from difftilt.steering.particles import Chain
 from difftilt.values.estimates import LatentReward, Lookahead, PosteriorMean, Rollout, SampledX0
@@ -26,6 +27,16 @@ class Valued(Config):
     """Evaluations of ``lookahead``; 1 is ``posterior_mean``."""
     clock: int | None = Field(default=None, ge=1)
     """``lookahead`` rounds its times down to multiples of 1/clock, as a sampler of so many integer times does."""
+
+
+def value_price(config: Valued, left: int) -> Ledger:
+    """What valuing one state costs beside its own prediction, ``left`` steps before the end; at the end the reward."""
+    if left == 0 or config.value == "posterior_mean":
+        return Ledger(reward_calls=1)
+    if config.value == "lookahead":
+        return Ledger(nfe=config.lookahead - 1, reward_calls=1)
+    nfe = config.x0_samples * left if config.value == "rollout" else 0
+    return Ledger(nfe=nfe, reward_calls=config.x0_samples)
 
 
 def value_of(config: Valued, reward: LatentReward, chain: Chain, temperature: float) -> Value:

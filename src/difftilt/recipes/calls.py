@@ -1,0 +1,138 @@
+"""One call of a steerer: from a recipe, or from a model, a reward and prompts as objects."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from difftilt.config import Problems, dump
+from difftilt.errors import UserError
+from difftilt.leaves import find
+from difftilt.models.denoiser import denoiser
+from difftilt.models.protocol import GenerativeModel
+from difftilt.recipes.building import build_task, check_needs, require
+from difftilt.recipes.parts import read_part
+from difftilt.recipes.prompts import prompts_of
+from difftilt.recipes.schema import Recipe, SteeringConfig
+from difftilt.recipes.steered import SteerResult, best_scores
+from difftilt.rewards import Masked, as_reward
+from difftilt.rewards.base import ScoreFunction
+from difftilt.rewards.protocol import Reward
+from difftilt.sampling.noise import Noise
+from difftilt.sampling.presets import default_sampler
+from difftilt.sampling.protocol import Sampler
+from difftilt.steering.protocol import Anytime, Progress, Steerer
+from difftilt.steering.within import steer_within
+from difftilt.training.protocol import Task
+
+Scored = Reward | ScoreFunction
+"""A reward, or a plain function of samples."""
+
+
+@dataclass(frozen=True)
+class SteerCall:
+    """Everything that one call needs.
+
+    Attributes:
+        task: model, sampler and reward.
+        steerer: what runs.
+        prompts: what to sample for.
+        steering: settings of the call.
+        config: the resolved settings as YAML, to be kept beside the result.
+    """
+
+    task: Task
+    steerer: Steerer | Anytime
+    prompts: Sequence[str]
+    steering: SteeringConfig
+    config: str
+
+    @property
+    def reward(self) -> Reward:
+        """The task's, with NaN for scores that are missing if that was asked for."""
+        reward = as_reward(self.task.reward)
+        return Masked(reward) if self.steering.invalid == "mask" else reward
+
+
+def call_of_recipe(recipe: Recipe) -> SteerCall:
+    """The call that a recipe describes."""
+    part = require(recipe, "steerer")
+    task = build_task(recipe)
+    prompts = prompts_of(task, recipe.steering)
+    if recipe.steering.prompts is not None:  # a file may change after the run: its prompts are kept, not its path
+        recipe = replace(recipe, steering=recipe.steering.model_copy(update={"prompts": tuple(prompts)}))
+    return SteerCall(task, cast(Steerer, part.build(task)), prompts, recipe.steering, recipe.to_yaml())
+
+
+def call_of_objects(
+    source: Task | GenerativeModel,
+    reward: Scored | None,
+    prompts: Sequence[str] | None,
+    method: str | Steerer | Anytime,
+    sampler: Sampler | None,
+    settings: Mapping[str, Any],
+) -> SteerCall:
+    """The call of a steerer on a model that somebody holds.
+
+    Args:
+        source: a task, or a model alone.
+        reward: of the samples; None takes the task's own.
+        prompts: None takes the task's held-out ones.
+        method: name of a steerer, ``module:Class``, or a steerer.
+        sampler: None takes the task's own; for a model alone, 50 stochastic steps.
+        settings: fields of the steerer and of :class:`SteeringConfig`.
+
+    Raises:
+        UserError: with everything that is wrong with the settings.
+    """
+    ours = {key: value for key, value in settings.items() if key in SteeringConfig.model_fields}
+    theirs = {key: value for key, value in settings.items() if key not in ours}
+    problems = Problems()
+    steering = problems.parse(SteeringConfig, ours, "steer")
+    part = read_part("steerers", "method", {"name": method, **theirs}, problems) if isinstance(method, str) else None
+    if theirs and not isinstance(method, str):
+        problems.add(f"{', '.join(theirs)}: settings of a steerer belong into it, where it is given as an object")
+    problems.check("steer")
+    task = _task(source, reward, prompts, sampler)
+    if part is not None and ":" not in part.name:
+        check_needs(find("steerers", part.name).card, task, part.config)
+    steerer = cast(Steerer, method if part is None else part.build(task))
+    wanted = list(task.heldout_prompts if prompts is None else prompts)
+    if not wanted:
+        raise UserError("prompts is empty: give at least one ('' for a model without prompts)")
+    named = {"name": type(steerer).__name__} if part is None else part.resolved()
+    kept = {"steerer": named, "steering": dump(cast(SteeringConfig, steering)) | {"prompts": wanted}}
+    return SteerCall(task, steerer, wanted, cast(SteeringConfig, steering), OmegaConf.to_yaml(OmegaConf.create(kept)))
+
+
+def _task(
+    source: Task | GenerativeModel, reward: Scored | None, prompts: Sequence[str] | None, sampler: Sampler | None
+) -> Task:
+    """The task as it was, with what was given in its place."""
+    if isinstance(source, GenerativeModel):
+        if reward is None:
+            raise UserError("a model alone has no reward: give one, or a function of samples that returns scores")
+        if prompts is None:
+            raise UserError("a model alone has no prompts: give a list ([''] for a model without prompts)")
+        sampler = default_sampler(source.process) if sampler is None else sampler
+        return Task(type(source.network).__name__, source, as_reward(reward), list(prompts), list(prompts), sampler)
+    task = source if reward is None else replace(source, reward=as_reward(reward))
+    return task if sampler is None else replace(task, sampler=sampler)
+
+
+def run_call(call: SteerCall, progress: Progress | None = None) -> SteerResult:
+    """Run it, within its budget."""
+    task, steering = call.task, call.steering
+    if isinstance(task.model.network, nn.Module):
+        task.model.network.to(steering.device)
+    denoise = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=steering.forward_batch)
+    began = time.perf_counter()
+    steered = steer_within(
+        call.steerer, task, denoise, call.reward, call.prompts, Noise(steering.seed), progress=progress,
+        budget=steering.budget,
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    return SteerResult(call.prompts, steered, best_scores(task, call.prompts, steered), seconds)

@@ -1,0 +1,219 @@
+"""One call within a budget, whatever the steerer.
+
+A steerer that can end after any round is given the budget. Of the others the price of a call is known beforehand: it is
+brought to the budget by its number of particles, or repeated with new noise where that number was chosen.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from difftilt.config import Config
+from difftilt.errors import UserError
+from difftilt.models.denoiser import NetworkDenoiser
+from difftilt.models.ledger import Ledger
+from difftilt.models.protocol import Denoiser
+from difftilt.rewards.protocol import Reward
+from difftilt.sampling.noise import Apart
+from difftilt.sampling.protocol import NoiseSource
+from difftilt.steering.budget import Budget, Meter, metered
+from difftilt.steering.protocol import Anytime, Progress, Steered, Steerer
+from difftilt.training.protocol import Task
+
+
+@runtime_checkable
+class Priced(Protocol):
+    """A steerer whose cost is known before it runs."""
+
+    config: Config
+
+    def price(self, steps: int) -> Ledger:
+        """What one prompt costs on a grid of ``steps`` steps without guidance, at most."""
+        ...
+
+
+def is_anytime(steerer: object) -> bool:
+    """Whether a steerer asks a meter."""
+    return "meter" in inspect.signature(cast(Steerer, steerer).steer).parameters
+
+
+def steer_within(
+    steerer: Steerer | Anytime,
+    task: Task,
+    denoise: Denoiser,
+    reward: Reward,
+    prompts: Sequence[str],
+    noise: NoiseSource,
+    *,
+    index: Int[Tensor, " prompts"] | None = None,
+    progress: Progress | None = None,
+    budget: Budget | None = None,
+) -> Steered:
+    """Steer, and spend no more than the budget.
+
+    Evaluations and reward calls are never exceeded, and seconds by one round. On Ctrl-C, or where the seconds are over,
+    what the finished rounds have found comes out, with ``complete`` False.
+
+    Args:
+        steerer: any; one that has neither rounds nor a price takes no budget.
+        task: model, grid and kernel.
+        denoise: the network; counts in its ledger.
+        reward: what is steered to.
+        prompts: repeated ones are independent runs.
+        noise: of the whole call.
+        index: global index of each prompt, as in :meth:`Steerer.steer`.
+        progress: told of every step, of every round anew.
+        budget: None leaves the cost to the settings.
+
+    Raises:
+        UserError: if the budget is below the least that the steerer can spend.
+    """
+    call = _Call(steerer, task, denoise, reward, prompts, noise, index, progress)
+    with metered(budget, denoise.ledger, len(prompts)) as meter:
+        if is_anytime(steerer):
+            return call.run(steerer, meter=meter)
+        if not meter.budget.bounded:
+            return cast(Steerer, steerer).steer(task, denoise, reward, prompts, noise, index=index, progress=progress)
+        if not isinstance(steerer, Priced):
+            name = type(steerer).__name__
+            raise UserError(f"{name} says neither what it costs nor when it can end: leave the budget out")
+        return _rounds(call, steerer, meter)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one call."""
+
+    steerer: Any
+    task: Task
+    denoise: Denoiser
+    reward: Reward
+    prompts: Sequence[str]
+    noise: NoiseSource
+    index: Tensor | None
+    progress: Progress | None
+
+    def run(self, steerer: Any, noise: NoiseSource | None = None, **more: Any) -> Steered:
+        """Once, or with other noise."""
+        source, extra = self.noise if noise is None else noise, {"index": self.index, "progress": self.progress, **more}
+        return steerer.steer(self.task, self.denoise, self.reward, self.prompts, source, **extra)
+
+
+def _rounds(call: _Call, steerer: Priced, meter: Meter) -> Steered:
+    """Rounds with noise of their own for as long as the next one fits."""
+    sized = fitted_to(steerer, call.task, call.denoise, meter.budget)
+    price = price_of(sized, call.task, call.denoise) * meter.prompts
+    parts: list[Steered] = []
+    counted = meter.budget.nfe is not None or meter.budget.reward_calls is not None
+    alone = counted and meter.budget.seconds is None and sized is not steerer
+    while (meter.allows(price) if parts else True) and not (alone and parts):
+        parts.append(call.run(sized, Apart(call.noise, f"round {len(parts)}") if parts else None))
+    return replace(merged(parts), ledger=meter.spent, complete=not meter.interrupted)
+
+
+def price_of(steerer: Priced, task: Task, denoise: Denoiser) -> Ledger:
+    """What one prompt costs with this task's grid and guidance, at most."""
+    price = steerer.price(len(task.sampler.grid) - 1)
+    guided = isinstance(denoise, NetworkDenoiser) and denoise.guidance not in (0, 1)
+    return replace(price, nfe=2 * price.nfe, gradient_passes=2 * price.gradient_passes) if guided else price
+
+
+def fitted_to(steerer: Priced, task: Task, denoise: Denoiser, budget: Budget) -> Priced:
+    """The steerer with the largest number of particles whose price fits, or itself where the number was chosen.
+
+    Raises:
+        UserError: if not even one particle fits, or the chosen number does not; names the least.
+    """
+
+    def fits(one: Priced) -> bool:
+        price = price_of(one, task, denoise)
+        nfe, calls = budget.nfe, budget.reward_calls
+        return (nfe is None or price.nfe <= nfe) and (calls is None or price.reward_calls <= calls)
+
+    free = "particles" in type(steerer.config).model_fields and "particles" not in steerer.config.model_fields_set
+    least = with_particles(steerer, 1) if free else steerer
+    if not fits(least):
+        price = price_of(least, task, denoise)
+        raise UserError(
+            f"the budget (nfe {budget.nfe}, reward_calls {budget.reward_calls} for each prompt) is too little: "
+            f"{'one particle' if free else 'these settings'} can cost {price.nfe} network evaluations and "
+            f"{price.reward_calls} reward calls for each prompt"
+        )
+    if not free or (budget.nfe is None and budget.reward_calls is None):
+        return steerer
+    return with_particles(steerer, largest(lambda count: fits(with_particles(steerer, count))))
+
+
+def with_particles(steerer: Priced, count: int) -> Priced:
+    """The same settings with another number of particles."""
+    config = steerer.config.model_copy(update={"particles": count})
+    made = cast(Any, type(steerer))(config)
+    kept = {name: value for name, value in vars(steerer).items() if name != "config"}
+    vars(made).update(kept)
+    return made
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest count that fits, of a cost that grows with it; 1 fits."""
+    high = 2
+    while fits(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def merged(parts: Sequence[Steered]) -> Steered:
+    """Independent rounds as one outcome.
+
+    Where every round estimates Z, a round weighs as much as its estimate, and the estimates are averaged: the union is
+    then weighted as one large sample is. A search (all weight on the best) keeps the best of all rounds. Otherwise
+    rounds weigh alike.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    prompts = len(parts[0].log_z)
+    log_z = torch.stack([part.log_z for part in parts])
+    share = torch.where(log_z.isnan(), 0.0, log_z).softmax(0)
+    group = torch.cat([part.group for part in parts])
+    # prompts outermost, as in one round
+    order = group.argsort(stable=True)
+
+    def column(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])[order]
+
+    weight = torch.cat([part.weight * share[number, part.group] for number, part in enumerate(parts)])[order]
+    group, rewards = group[order], column("rewards")
+    best = _best(group, rewards, prompts)
+    if all(bool((part.weight[part.best] == 1).all()) for part in parts):
+        weight = torch.zeros_like(weight)
+        weight[best] = 1.0
+    invalid = [part.invalid for part in parts if part.invalid is not None]
+    return replace(
+        parts[0],
+        x_0=column("x_0"),
+        media=column("media"),
+        group=group,
+        weight=weight,
+        rewards=rewards,
+        best=best,
+        log_z=log_z.logsumexp(0) - torch.tensor(len(parts)).double().log(),
+        ess=torch.cat([part.ess for part in parts]),
+        ancestors=torch.cat([part.ancestors for part in parts]),
+        components={key: torch.cat([part.components[key] for part in parts])[order] for key in parts[0].components},
+        invalid=torch.stack(invalid).sum(0) if invalid else None,
+    )
+
+
+def _best(group: Tensor, rewards: Tensor, prompts: int) -> Int[Tensor, " prompts"]:
+    """Row of the highest reward of each prompt."""
+    known = torch.where(rewards.isnan(), -torch.inf, rewards.double())
+    mine = group == torch.arange(prompts, device=group.device)[:, None]
+    return torch.where(mine, known, -torch.inf).argmax(1)
