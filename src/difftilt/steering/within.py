@@ -30,7 +30,8 @@ from difftilt.training.protocol import Task
 class Priced(Protocol):
     """A steerer whose cost is known before it runs."""
 
-    config: Config
+    @property
+    def config(self) -> Config: ...
 
     def price(self, steps: int) -> Ledger:
         """What one prompt costs on a grid of ``steps`` steps without guidance, at most."""

@@ -11,10 +11,11 @@ from pydantic import Field, field_validator
 from difftilt.config import Config, Problems, dump
 from difftilt.errors import UserError
 from difftilt.evaluation.arena.cost import Currency
-from difftilt.leaves import nearest
+from difftilt.leaves import load, nearest
 from difftilt.recipes.loading import read
 from difftilt.recipes.parts import Part, read_part
 from difftilt.recipes.schema import Recipe, RewardWeights, SteeringConfig
+from difftilt.steering.within import is_anytime
 from difftilt.training.config import Device, OptimizerConfig, TrainingConfig
 
 SECTIONS = ("testbed", "reward", "arena", "members")
@@ -224,8 +225,9 @@ def _steerer(where: str, data: object, problems: Problems) -> Part | None:
         problems.add(f"{where}.particles: follow from the budgets of the arena; leave them out")
         data = {key: value for key, value in cast(Mapping[str, Any], data).items() if key != "particles"}
     part = read_part("steerers", where, data, problems)
-    if part is not None and "particles" not in type(part.config).model_fields:
-        problems.add(f"{where}: {part.name} has no field 'particles', so it cannot be brought to a budget")
+    if part is None or "particles" in type(part.config).model_fields or is_anytime(load(part.kind, part.name)):
+        return part
+    problems.add(f"{where}: {part.name} has no field 'particles' and no rounds, so it cannot be brought to a budget")
     return part
 
 

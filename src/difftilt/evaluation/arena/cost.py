@@ -24,10 +24,3 @@ def evaluations(cost: Ledger) -> int:
 def spent(cost: Ledger, currency: Currency) -> int:
     """The cost in one currency."""
     return evaluations(cost) if currency == "evaluations" else cost.reward_calls
-
-
-def times(cost: Ledger, count: int) -> Ledger:
-    """The cost of ``count`` equal things."""
-    return Ledger(
-        cost.nfe * count, cost.reward_calls * count, cost.gradient_passes * count, cost.auxiliary_calls * count
-    )

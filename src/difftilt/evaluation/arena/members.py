@@ -12,14 +12,17 @@ from torch import Tensor
 
 from difftilt.errors import GuardError
 from difftilt.evaluation.arena.config import Member
-from difftilt.evaluation.arena.cost import CURRENCIES, WORDS, Currency, spent, times
+from difftilt.evaluation.arena.cost import CURRENCIES, WORDS, Currency, spent
 from difftilt.evaluation.arena.records import MemberRun, Reading, finite, within
 from difftilt.evaluation.arena.stage import Stage, noise_of, search_bound
+from difftilt.leaves import load
 from difftilt.models.denoiser import denoiser
 from difftilt.models.ledger import Ledger
 from difftilt.rewards import as_reward
 from difftilt.sampling.protocol import Sampler
+from difftilt.steering.budget import Budget
 from difftilt.steering.protocol import Steered, Steerer
+from difftilt.steering.within import is_anytime, steer_within
 from difftilt.training.loop import Loop
 from difftilt.training.measure import heldout_batch, measure, numbers_of
 from difftilt.training.protocol import Task
@@ -31,6 +34,12 @@ Tell = Callable[[str], None]
 
 PARTICLES_AT_ONCE = 4096
 """Particles of one steering call: bounds the memory, and changes no number."""
+
+PROMPTS_AT_ONCE = 32
+"""Prompts of one call of a steerer that works in rounds, for the same reason."""
+
+Amount = int | Budget
+"""How a steerer is brought to a budget: a number of particles, or what it may spend in rounds for each sample."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +78,16 @@ class Plan:
 def plan_of(stage: Stage, member: Member) -> Plan:
     """Find out by the smallest trial what a unit costs, with the first seed."""
     seed = stage.arena.config.seeds[0]
+    if in_rounds(member):
+        guided = stage.task(member).sampler.guidance not in (0, 1)
+        steps, count = len(stage.task(member).sampler.grid) - 1, stage.arena.config.samples
+        one = Ledger(nfe=steps * (2 if guided else 1), reward_calls=1) * count
+        return Plan(Ledger(), one, 1, f"one rollout for each of {count} samples")
     if member.steerer is not None:
         _, trial = steer_all(stage, stage.task(member), member, 2, seed, samples=1)
         count = stage.arena.config.samples
         one = Ledger(*(-(-getattr(trial, name) // 2) for name in _FIELDS))
-        return Plan(Ledger(), times(one, count), 2, f"two particles for each of {count} samples")
+        return Plan(Ledger(), one * count, 2, f"two particles for each of {count} samples")
     if member.method is not None:
         loop = stage.loop(member, seed)
         fixed = stage.sampling(loop.run, loop.method.evaluated_role, loop.method.sampler(loop.run.task)).cost
@@ -118,34 +132,49 @@ def base_reading(stage: Stage, member: Member, seed: int) -> Reading:
     return Reading(numbers=numbers, cost=sampling.cost, seconds=sampling.seconds)
 
 
+def in_rounds(member: Member) -> bool:
+    """Whether a member is a steerer that asks a meter before every round."""
+    return member.steerer is not None and is_anytime(load(member.steerer.kind, member.steerer.name))
+
+
 def _steered(stage: Stage, member: Member, plan: Plan, seed: int, tell: Tell) -> MemberRun:
     readings: dict[Currency, Reading] = {}
     for currency in CURRENCIES:
         budget = stage.arena.config.budget(currency)
-        particles = plan.units(currency, budget)
-        known = [reading for reading in readings.values() if reading.particles == particles]
-        readings[currency] = known[0] if known else steered_reading(stage, member, particles, seed, tell)
+        amount = _amount(stage, member, plan, currency)
+        known = [reading for reading in readings.values() if reading.particles == amount]
+        readings[currency] = known[0] if known else steered_reading(stage, member, amount, seed, tell)
         cost = spent(readings[currency].cost, currency)
         if cost > budget:
             raise GuardError(
-                f"{particles} particles cost {cost} {WORDS[currency]}, more than the budget of {budget}: the cost of "
-                "this steerer does not grow in proportion to its particles"
+                f"{member.name!r} costs {cost} {WORDS[currency]} with {amount}, more than the budget of {budget}: the "
+                "cost of this steerer does not grow in proportion to its particles, or it does not heed its meter"
             )
     return MemberRun(member=member.name, seed=seed, readings=readings)
 
 
-def steered_reading(stage: Stage, member: Member, particles: int, seed: int, tell: Tell = lambda text: None) -> Reading:
-    """Steer with a number of particles and measure one sample of every call."""
+def _amount(stage: Stage, member: Member, plan: Plan, currency: Currency) -> Amount:
+    """What of this budget a steerer may use for each sample."""
+    budget = stage.arena.config.budget(currency)
+    if not in_rounds(member):
+        return plan.units(currency, budget)
+    each = budget // stage.arena.config.samples
+    return Budget(nfe=each) if currency == "evaluations" else Budget(reward_calls=each)
+
+
+def steered_reading(stage: Stage, member: Member, amount: Amount, seed: int, tell: Tell = lambda text: None) -> Reading:
+    """Steer with a number of particles, or for a budget, and measure one sample of every call."""
     assert member.steerer is not None
     task, count = stage.task(member), stage.arena.config.samples
     began = time.perf_counter()
-    x_0, cost = steer_all(stage, task, member, particles, seed, samples=count, tell=tell)
+    x_0, cost = steer_all(stage, task, member, amount, seed, samples=count, tell=tell)
     seconds = time.perf_counter() - began
     run = replace(stage.run(task, seed), ledger=Ledger())
     with torch.no_grad():
         samples = run.samples(x_0, heldout_batch(run, count), heldout=True)
         numbers = finite(numbers_of(run, samples)) | stage.drift(task, samples, seed)
-    if member.algorithm == "best-of-n":
+    particles = amount if isinstance(amount, int) else None
+    if particles is not None and member.algorithm == "best-of-n":
         numbers["kl_bound"] = search_bound(particles)
     return Reading(numbers=numbers, cost=cost, seconds=seconds, particles=particles)
 
@@ -154,7 +183,7 @@ def steer_all(
     stage: Stage,
     task: Task,
     member: Member,
-    particles: int,
+    amount: Amount,
     seed: int,
     *,
     samples: int,
@@ -166,7 +195,10 @@ def steer_all(
     """
     assert member.steerer is not None
     part, config = member.steerer, stage.arena.config
-    chosen = replace(part, config=type(part.config)(**(part.config.model_dump() | {"particles": particles})))
+    budget = amount if isinstance(amount, Budget) else None
+    sized = {} if isinstance(amount, Budget) else {"particles": amount}
+    at_once = PROMPTS_AT_ONCE if isinstance(amount, Budget) else max(1, PARTICLES_AT_ONCE // amount)
+    chosen = replace(part, config=type(part.config)(**(part.config.model_dump() | sized)))
     steerer = cast(Steerer, chosen.build(task))
     run = stage.run(task, seed)
     prompts = [task.heldout_prompts[int(place)] for place in heldout_batch(run, config.samples).prompt[:samples]]
@@ -174,13 +206,14 @@ def steer_all(
     noise, reward = noise_of(seed), as_reward(task.reward)
     found: list[Tensor] = []
     cost = Ledger()
-    for index in torch.arange(samples).split(max(1, PARTICLES_AT_ONCE // particles)):
+    for index in torch.arange(samples).split(at_once):
         wanted = [prompts[int(place)] for place in index]
-        steered = steerer.steer(task, model, reward, wanted, noise, index=index)
+        steered = steer_within(steerer, task, model, reward, wanted, noise, index=index, budget=budget)
         where = noise.uniform(index, (), purpose="output").to(steered.weight)
         found.append(steered.x_0[drawn_rows(steered, where)])
         cost = cost + steered.ledger
-        tell(f"{particles} particles, {int(index[-1]) + 1} of {samples} samples")
+        done = f"{amount} particles" if budget is None else "rounds"
+        tell(f"{done}, {int(index[-1]) + 1} of {samples} samples")
     return torch.cat(found), cost
 
 
