@@ -44,6 +44,10 @@ _REFERENCE_SEED = 0x5EED
 """Of the draws that distances are measured to: a caller's own draws from a small seed must not be the same ones."""
 
 
+TILTED = ("linear", "quadratic", "distance")
+"""Rewards whose tilted law can be drawn from."""
+
+
 class Config(BaseConfig):
     """The mixture, its corruption, the default sampler and the reward."""
 
@@ -190,6 +194,8 @@ class Mixtures:
             heldout={"on_mode": as_reward(self.on_mode, name="on_mode")},
             features=_identity,
             temperature=config.temperature,
+            # of classes every prompt has a target of its own, and a set reward has none
+            truth=self.distance_to_target if not config.classes and config.reward in TILTED else None,
         )
 
     def encode(self, prompts: Sequence[str]) -> Condition:

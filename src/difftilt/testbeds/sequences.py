@@ -130,6 +130,7 @@ class Sequences:
             heldout={"naturalness": as_reward(self.naturalness, name="naturalness")},
             features=self.features,
             temperature=config.temperature,
+            truth=self.distance_to_target,
         )
 
     def naturalness(self, samples: Samples) -> Float[Tensor, " batch"]:

@@ -29,6 +29,8 @@ class Task:
         headline: the number that a comparison quotes: ``reward``, or the name of a held-out reward.
         categories: prompt -> the kind of prompt it is; evaluations then report the headline of each kind as well.
         temperature: beta of the tilted target where the testbed knows it exactly; None otherwise.
+        truth: media -> their distance to the tilted law at ``temperature``, where the testbed knows it; of finite sets
+            it is never 0.
         data: offline experience for methods that learn from it (preferred samples, scored groups).
         rate: samples per second of audio media; None for other media.
         environment: for control; its rewards take the place of ``reward``.
@@ -45,6 +47,7 @@ class Task:
     headline: str = "reward"
     categories: Callable[[str], str] | None = None
     temperature: float | None = None
+    truth: Callable[[Tensor], float] | None = None
     data: Experience | None = None
     rate: int | None = None
     environment: "Environment | None" = None

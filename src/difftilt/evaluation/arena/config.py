@@ -41,6 +41,9 @@ class ArenaConfig(Config):
     target: float | None = None
     """Value of ``heldout`` for which a table says what each trained member has spent when it is first read at or above
     it. A noisy number crosses early, and the later the rarer it is read: give all members one ``evaluate_every``."""
+    steered_curve: bool = False
+    """Also read steered members at halves, quarters, ... of the budget of evaluations: shows from how many samples on
+    training is the cheaper way, and costs as much again."""
     device: Device = "cpu"
     """Torch device of the network."""
 

@@ -150,12 +150,27 @@ def _steered(stage: Stage, member: Member, plan: Plan, seed: int, tell: Tell) ->
                 f"{member.name!r} costs {cost} {WORDS[currency]} with {amount}, more than the budget of {budget}: the "
                 "cost of this steerer does not grow in proportion to its particles, or it does not heed its meter"
             )
-    return MemberRun(member=member.name, seed=seed, readings=readings)
+    curve: list[Reading] = []
+    if stage.arena.config.steered_curve:
+        amounts = _smaller(stage, member, plan)
+        curve = [steered_reading(stage, member, amount, seed, tell) for amount in amounts]
+        curve.append(readings["evaluations"])
+    return MemberRun(member=member.name, seed=seed, readings=readings, curve=tuple(curve))
 
 
-def _amount(stage: Stage, member: Member, plan: Plan, currency: Currency) -> Amount:
-    """What of this budget a steerer may use for each sample."""
-    budget = stage.arena.config.budget(currency)
+def _smaller(stage: Stage, member: Member, plan: Plan) -> list[Amount]:
+    """What halves, quarters, ... of the budget of evaluations allow, the smallest first, while it is anything."""
+    budget, found = stage.arena.config.evaluations // 2, list[Amount]()
+    while plan.problem("evaluations", budget) is None:
+        amount = _amount(stage, member, plan, "evaluations", budget)
+        found = [amount, *found] if amount not in found else found
+        budget //= 2
+    return found
+
+
+def _amount(stage: Stage, member: Member, plan: Plan, currency: Currency, budget: int | None = None) -> Amount:
+    """What of a budget, by default the arena's, a steerer may use for each sample."""
+    budget = stage.arena.config.budget(currency) if budget is None else budget
     if not in_rounds(member):
         return plan.units(currency, budget)
     each = budget // stage.arena.config.samples

@@ -22,6 +22,7 @@ from difftilt.config import Problems
 from difftilt.errors import GuardError, RewardError, UserError
 from difftilt.evaluation.arena.config import Arena, Member, load_arena
 from difftilt.evaluation.arena.cost import CURRENCIES
+from difftilt.evaluation.arena.crossover import crossovers, save_crossover_picture
 from difftilt.evaluation.arena.members import Plan, plan_of, run_member
 from difftilt.evaluation.arena.picture import save_arena_picture
 from difftilt.evaluation.arena.records import ArenaResult, Entry, Kind, MemberRun, read_json, write_json
@@ -71,6 +72,8 @@ def compare_arena(
     write_text(output / "result.json", write_json(result))
     write_text(output / "table.md", markdown_tables(result))
     save_arena_picture(result, output / "picture.png")
+    if crossovers(result):
+        save_crossover_picture(result, output / "crossover.png")
     return result
 
 

@@ -90,11 +90,15 @@ class Stage:
     def drift(self, task: Task, samples: Samples, seed: int) -> dict[str, float]:
         """``distance``: Fréchet distance between the features of samples and of as many independent base samples.
 
-        Squared feature units. Two sets of base samples are not at 0 either: the base's own value is the floor.
+        Squared feature units. Two sets of base samples are not at 0 either: the base's own value is the floor. Where
+        the tilted law is known, ``to_target`` is the distance to that, in the testbed's own measure.
         """
         if seed not in self._base:
             self._base[seed] = self._base_features(seed)
-        return finite({"distance": float(frechet_distance(features_of(task, samples.media), self._base[seed]))})
+        distance = float(frechet_distance(features_of(task, samples.media), self._base[seed]))
+        return finite(
+            {"distance": distance, **({} if task.truth is None else {"to_target": task.truth(samples.media)})}
+        )
 
     def _base_features(self, seed: int) -> Float[Tensor, "samples dim"]:
         # a copy of its own: the task of a trained member holds weights that have moved

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from difftilt.evaluation.arena.cost import CURRENCIES, GRADIENT_PASS, WORDS, Currency, evaluations, spent
+from difftilt.evaluation.arena.crossover import Crossover, crossovers
 from difftilt.evaluation.arena.records import ArenaResult, Entry, MemberRun, Reading
 
 
@@ -33,7 +34,9 @@ def grids(result: ArenaResult) -> list[Grid]:
         if categories:
             found.append(_plain(result, currency, f"{title}, by category", categories))
     target = result.recipe["arena"].get("target")
-    return found if target is None else [*found, _until(result, float(target))]
+    found += [] if target is None else [_until(result, float(target))]
+    crossed = crossovers(result)
+    return [*found, _pays(crossed)] if crossed else found
 
 
 def basis(result: ArenaResult) -> str:
@@ -108,13 +111,26 @@ def _plain(result: ArenaResult, currency: Currency, title: str, names: list[str]
     return Grid(title, ["member", *names], rows)
 
 
+def _pays(crossed: Sequence[Crossover]) -> Grid:
+    """From how many samples on training is cheaper than steering to the same reward."""
+    header = ["trained", "steered", "reward", "training pays from", "highest reward of training", "reached by steering"]
+    rows: list[list[str]] = []
+    for one in crossed:
+        last = one.points[-1] if one.points else None
+        cells = ["", ""] if last is None else [f"{last.value:.3g}", f"{grouped(max(last.cost, 1))} samples"]
+        highest = max((*(point.value for point in one.points), *one.beyond), default=math.nan)
+        known = "" if math.isnan(highest) else f"{highest:.3g}"
+        rows.append([one.trained, one.steered, *cells, known, "" if not known else "no" if one.beyond else "yes"])
+    return Grid("Training against steering to the same reward", header, rows)
+
+
 def _until(result: ArenaResult, target: float) -> Grid:
     """What each trained member has spent when the watched number first reaches a target."""
     header = ["member", "seeds that reach it", "iterations", "evaluations", "reward calls", "seconds", "kl_reference"]
     rows: list[list[str]] = []
     for entry in result.members:
         runs = [run for run in result.of(entry.name) if run.curve]
-        if runs:
+        if runs and entry.kind == "trained":
             found = [reached for run in runs if (reached := _reached(run, result.heldout, target)) is not None]
             rows.append([entry.name, f"{len(found)} of {len(runs)}", *_spendings(found)])
     return Grid(f"Until {result.heldout} reaches {target:g}", header, rows)
@@ -168,7 +184,7 @@ def _setting(readings: Sequence[Reading]) -> str:
         if counts:
             span = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
             return f"{span} {word}"
-    return "untrained"
+    return "untrained" if not any(one.cost.reward_calls for one in readings) else "rounds"
 
 
 def _mean(readings: Sequence[Reading], of: Callable[[Reading], float]) -> float:

@@ -1,0 +1,136 @@
+"""How many samples until training pays off: training is paid once, steering for every sample.
+
+For a value v of the reward let T(v) be what training has spent when its model first reaches v, p what plain sampling
+of one sample costs, and s(v) what steering the untrained model to v costs for one sample. N samples cost T + N·p the
+one way and N·s the other, so training is the cheaper way from N*(v) = T(v)/(s(v) - p) samples on.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from difftilt.evaluation.arena.cost import GRADIENT_PASS, evaluations
+from difftilt.evaluation.arena.picture import plain
+from difftilt.evaluation.arena.records import ArenaResult, Reading
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value and what it costs, both means over seeds.
+
+    Attributes:
+        value: of the reward.
+        cost: evaluations, of the training or of steering one sample.
+    """
+
+    value: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """A trained and a steered member.
+
+    Attributes:
+        trained, steered: their names.
+        points: value of the reward, and the number of samples from which training to it is the cheaper way.
+        beyond: values that training reached and steering, at the costs that were tried, did not.
+    """
+
+    trained: str
+    steered: str
+    points: tuple[Point, ...]
+    beyond: tuple[float, ...]
+
+
+def crossovers(result: ArenaResult) -> list[Crossover]:
+    """Every trained member against every steered one that was read at several costs."""
+    samples = int(result.recipe["arena"]["samples"])
+    kinds = {kind: [one.name for one in result.members if one.kind == kind] for kind in ("trained", "steered")}
+    found: list[Crossover] = []
+    for trained in kinds["trained"]:
+        curve = _means([run.curve for run in result.of(trained)])
+        if len(curve) < 2:
+            continue
+        sampling = curve[0].cost  # before the first iteration nothing but plain sampling is spent
+        training = rising([Point(one.value, one.cost - sampling) for one in curve[1:]], above=curve[0].value)
+        for steered in kinds["steered"]:
+            each = [Point(one.value, one.cost / samples) for one in _means([run.curve for run in result.of(steered)])]
+            if each:
+                found.append(_crossover(trained, steered, training, rising(each), sampling / samples))
+    return found
+
+
+def _crossover(
+    trained: str, steered: str, training: Sequence[Point], steering: Sequence[Point], sampling: float
+) -> Crossover:
+    points: list[Point] = []
+    beyond: list[float] = []
+    for one in training:
+        cost = cost_of(one.value, steering)
+        if cost is None:
+            beyond.append(one.value)
+        elif cost > sampling:
+            points.append(Point(one.value, one.cost / (cost - sampling)))
+    return Crossover(trained, steered, tuple(points), tuple(beyond))
+
+
+def rising(curve: Sequence[Point], above: float = -math.inf) -> list[Point]:
+    """The points at which a value above all earlier ones (and above ``above``) is first reached."""
+    found: list[Point] = []
+    for point in sorted(curve, key=lambda one: one.cost):
+        if point.value > max(above, found[-1].value if found else -math.inf):
+            found.append(point)
+    return found
+
+
+def cost_of(value: float, curve: Sequence[Point]) -> float | None:
+    """The cost at which a rising curve reaches a value, between two points by the logarithm of the cost.
+
+    Below its first point it is the first point's cost, an upper bound; above its last it is not known: None.
+    """
+    if not curve or value > curve[-1].value:
+        return None
+    place = next(place for place, one in enumerate(curve) if one.value >= value)
+    if place == 0:
+        return curve[0].cost
+    low, high = curve[place - 1], curve[place]
+    share = (value - low.value) / (high.value - low.value)
+    return low.cost * (high.cost / low.cost) ** share
+
+
+def _means(curves: Sequence[Sequence[Reading]]) -> list[Point]:
+    """Mean over the seeds of reading after reading, as far as all seeds go."""
+    return [
+        Point(
+            statistics.fmean(one.numbers["reward"] for one in row),
+            statistics.fmean(evaluations(one.cost) for one in row),
+        )
+        for row in zip(*curves, strict=False)
+    ]
+
+
+def save_crossover_picture(result: ArenaResult, path: Path) -> None:
+    """N* over the reward, one line for every pair."""
+    found = crossovers(result)
+    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
+    axes, palette = figure.subplots(), colormaps["tab10"]
+    methods = list(dict.fromkeys(one.trained for one in found))
+    styles = dict(zip(dict.fromkeys(one.steered for one in found), ("-", "--", ":", "-.") * 9, strict=False))
+    for one in found:
+        colour = palette(methods.index(one.trained) % 10)
+        x, y = [point.value for point in one.points], [point.cost for point in one.points]
+        axes.plot(x, y, styles[one.steered], color=colour, marker=".", label=plain(f"{one.trained} / {one.steered}"))
+    axes.set_yscale("log")
+    axes.set_xlabel(f"reward: {plain(result.reward).strip()}")
+    axes.set_ylabel(f"samples from which training is cheaper\n(forward passes + {GRADIENT_PASS} · gradient passes)")
+    axes.set_title("training to a reward against steering to it", fontsize=10)
+    axes.grid(alpha=0.25, which="both")
+    if found:
+        axes.legend(fontsize=8, frameon=False, loc="best")
+    figure.savefig(path, metadata={"Software": None})
