@@ -100,7 +100,7 @@ class SampledX0:
     ) -> Float[Tensor, " batch"]:
         if prediction is None:
             return self.reward(x_t, rows.prompt)
-        again, index = _copies(rows, self.count)
+        again, index = copies(rows, self.count)
         many = take(prediction, again)
         noise = self.noise.uniform(index, many.x0_noise_shape(), purpose="value", step=rows.step)
         scores = self.reward(many.draw_x0(noise), rows.prompt[again])
@@ -134,7 +134,7 @@ class Rollout:
     ) -> Float[Tensor, " batch"]:
         if rows.step >= len(self.grid) - 1:
             return self.reward(x_t, rows.prompt)
-        again, index = _copies(rows, self.count)
+        again, index = copies(rows, self.count)
         path = rollout(
             self.denoise,
             self.preset,
@@ -204,7 +204,7 @@ class ClosedForm:
         return self.function(x_t, t, condition)
 
 
-def _copies(rows: Rows, count: int) -> tuple[Int[Tensor, " draws"], Int[Tensor, " draws"]]:
+def copies(rows: Rows, count: int) -> tuple[Int[Tensor, " draws"], Int[Tensor, " draws"]]:
     """Row and noise index of ``count`` draws per row, those of one row together."""
     again = torch.arange(len(rows.index), device=rows.index.device).repeat_interleave(count)
     draw = torch.arange(count, device=rows.index.device).repeat(len(rows.index))
