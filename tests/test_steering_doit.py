@@ -165,6 +165,18 @@ def test_ledger_is_exact() -> None:
     assert (ledger.gradient_passes, ledger.nfe, ledger.reward_calls) == (4 * rows, 2 * rows, rows)
 
 
+@pytest.mark.parametrize("surrogate", ["full", "one_step", "reuse"])
+@pytest.mark.parametrize("greedy_from", [None, 2])
+@pytest.mark.parametrize("last", [4, 5])
+def test_the_price_is_an_upper_bound(surrogate: str, greedy_from: int | None, last: int) -> None:
+    steerer = doit(particles=3, surrogate=surrogate, greedy_from=greedy_from, last=last)
+    price, spent = steerer.price(6), steer(steerer, short(), [""], None).ledger
+    slack = [getattr(price, name) - getattr(spent, name) for name in ("nfe", "reward_calls", "gradient_passes")]
+    assert min(slack) >= 0
+    if last == 4 and greedy_from is None:  # it is exact where every corrected step has noise
+        assert slack == [4 * 3 if surrogate == "reuse" else 0, 0, 0]
+
+
 def test_prompts_in_a_batch_equal_prompts_one_by_one_and_chunks_the_whole() -> None:
     task = short()
     whole = steer(doit(particles=3), task, ["", ""])

@@ -18,6 +18,7 @@ from torch import Tensor
 from difftilt.card import Card
 from difftilt.config import Config
 from difftilt.errors import UserError
+from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.process.gaussian import GaussianProcess, expand
 from difftilt.rewards.protocol import Reward
@@ -108,6 +109,21 @@ class DOIT:
     def __init__(self, config: DOITConfig, *, value: Value | None = None) -> None:
         self.config, self.value = config, value
 
+    def price(self, steps: int) -> Ledger:
+        """A gradient pass for each corrected step, an evaluation for each other, and the simulations; at most."""
+        config, one = self.config, Ledger(reward_calls=1)
+        greedy = steps if config.greedy_from is None else config.greedy_from
+        for step in range(steps):
+            if step < greedy and step not in self.window(steps):
+                one = one + Ledger(nfe=1)
+                continue
+            left = steps - step - 1
+            each = left if self.value is None and config.surrogate == "full" else min(left, 1)
+            nfe = 0 if self.value is None and config.surrogate == "reuse" else config.simulations * each
+            # greedy steps evaluate without gradient, and so does a step that has no noise to simulate with
+            one = one + Ledger(max(nfe + (step >= greedy), 1), config.simulations, int(step < greedy))
+        return one * config.particles
+
     @torch.no_grad()
     def steer(
         self,
@@ -142,15 +158,19 @@ class DOIT:
             UserError: if the window or the greedy steps do not lie on its grid, or the simulated steps have no noise.
         """
         config, steps = self.config, chain.steps
-        last = round(2 * steps / 3) if config.last is None else config.last
-        for name, step in (("first", config.first), ("last", last), ("greedy_from", config.greedy_from or 0)):
-            if step >= steps:
+        for name in ("first", "last", "greedy_from"):
+            step = getattr(config, name)
+            if step is not None and step >= steps:
                 raise UserError(f"{name} = {step} is no step of this sampler, which has steps 0 to {steps - 1}")
         simulator = self.simulator(chain, reward)
         noisy = noisy_steps(chain, simulator.preset, config.smallest_std, shape)
         greedy = noisy - frozenset(range(steps if config.greedy_from is None else config.greedy_from))
-        window = frozenset(range(config.first, last + 1)) if config.strength else frozenset[int]()
-        return Corrected(config, simulator, (window & noisy & informed_steps(chain)) - greedy, greedy)
+        return Corrected(config, simulator, (self.window(steps) & noisy & informed_steps(chain)) - greedy, greedy)
+
+    def window(self, steps: int) -> frozenset[int]:
+        """The steps that the settings have corrected, on a grid of ``steps``."""
+        last = round(2 * steps / 3) if self.config.last is None else self.config.last
+        return frozenset(range(self.config.first, last + 1)) if self.config.strength else frozenset()
 
     def simulator(self, chain: Chain, reward: LatentReward) -> Simulator:
         """What looks ahead for the particles of a chain."""

@@ -14,12 +14,12 @@ from torch import Tensor
 from difftilt.errors import UserError
 from difftilt.process.gaussian import GaussianPrediction, GaussianProcess, as_gaussian, expand
 from difftilt.process.protocol import Condition, Prediction
+from difftilt.sampling.noise import copies
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.steps import GaussianStep
 from difftilt.steering.particles import Chain
 from difftilt.steering.protocol import Particles
 from difftilt.trees import Batched, take, tree_map
-from difftilt.values.estimates import copies
 from difftilt.values.likelihood_ratio import antithetic, noise_score
 from difftilt.values.protocol import Rows, Value, reads_prediction
 
@@ -105,7 +105,7 @@ class Simulator:
         self, chain: Chain, slots: Tensor, step: GaussianStep, position: int
     ) -> Float[Tensor, "particles simulations *shape"]:
         drawn = self.count // 2 if self.mirrored else self.count
-        _, index = copies(Rows(slots, slots, position), drawn)
+        _, index = copies(slots, drawn)
         noise = chain.noise.normal(index, step.noise_shape, purpose="simulate", step=position)
         noise = noise.unflatten(0, (len(slots), drawn)).to(step.mean)
         return antithetic(noise) if self.mirrored else noise
@@ -120,7 +120,7 @@ class Simulator:
         rows: Rows,
     ) -> Float[Tensor, "particles simulations"]:
         """Value of every simulated state; ``seen`` is the prediction at the particles."""
-        again, index = copies(rows, self.count)
+        again, index = copies(rows.index, self.count)
         x, s, condition = states.flatten(0, 1), s[again], take(condition, again)
         prediction: Prediction | None = None
         if rows.step < chain.steps and self.reuse:
