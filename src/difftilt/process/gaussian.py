@@ -5,8 +5,8 @@ their derivatives with respect to t. Coefficients are computed in the dtype of t
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Self, cast
 
 import torch
 from jaxtyping import Float
@@ -307,6 +307,17 @@ class GaussianPrediction(Batched):
         if kind == "logits":
             raise ValueError(NO_LOGITS)
         return getattr(self, kind)
+
+    def tilted(self, gradient: Float[Tensor, "batch *shape"]) -> Self:
+        """What is predicted of a law whose score is larger by ``gradient``: epsilon - sigma·gradient, and x0 with it.
+
+        For p_t(x)·h(x) the gradient is that of log h. A row whose gradient is 0 keeps its output bit for bit. Not
+        finite where alpha is 0, as the conversion from epsilon to x0.
+        """
+        # conversions are linear in (x_t, output): what the output moves by is the conversion of what epsilon moves by
+        moved = -self._scales()[1] * gradient
+        difference = GaussianPrediction(self.process, moved, "epsilon", torch.zeros_like(self.x_t), self.t)
+        return replace(self, output=self.output + difference.as_kind(self.kind))
 
     def x0_noise_shape(self) -> tuple[int, ...]:
         raise TypeError("a continuous prediction is a point, not a law: draw x_0 by completing the chain")

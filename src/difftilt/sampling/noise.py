@@ -148,6 +148,13 @@ class Apart:
         return self.source.uniform(index, shape, purpose=f"{self.label}/{purpose}", step=step)
 
 
+def copies(index: Int[Tensor, " rows"], count: int) -> tuple[Int[Tensor, " draws"], Int[Tensor, " draws"]]:
+    """Row and noise index of ``count`` draws of every row, those of one row together; draw j has index·count + j."""
+    again = torch.arange(len(index), device=index.device).repeat_interleave(count)
+    draw = torch.arange(count, device=index.device).repeat(len(index))
+    return again, index[again] * count + draw
+
+
 Siblings = Literal["correlated", "scaled"]
 """How siblings are told apart: by noise they partly share, or by independent noise of a larger scale."""
 

@@ -5,10 +5,9 @@ its drift from the base is at most log n - (n - 1)/n nats (Beirami et al. 2024, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
@@ -18,9 +17,9 @@ from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
-from difftilt.steering.loop import Selected, Visit, best_alone, search
-from difftilt.steering.particles import Chain, bind, start
-from difftilt.steering.protocol import Particles, Progress, Steered
+from difftilt.steering.loop import Unselective, search
+from difftilt.steering.particles import bind, start
+from difftilt.steering.protocol import Progress, Steered
 from difftilt.training.protocol import Task
 from difftilt.values.estimates import PosteriorMean
 
@@ -66,28 +65,3 @@ class BestOfN:
         scorer = bind(reward, task, prompts, denoise)
         chain, particles = start(task, denoise, prompts, self.config.particles, noise, index)
         return search(Unselective(), chain, particles, scorer, PosteriorMean(scorer), progress=progress)
-
-
-@dataclass(frozen=True)
-class Unselective:
-    """Nothing is valued before the end; there the weight of each prompt goes to its best particle."""
-
-    copies: bool = False
-
-    def branch(self, position: int, size: int) -> int:
-        """One child each."""
-        return 1
-
-    def visits(self, position: int) -> bool:
-        """Nowhere."""
-        return False
-
-    def select(self, visit: Visit) -> Selected:
-        """Everybody goes on."""
-        return Selected(visit.chain, visit.particles, visit.chain.by_group(visit.scores)[:, 0] * 0 + visit.chain.size)
-
-    def weigh(
-        self, chain: Chain, particles: Particles, rewards: Float[Tensor, " particles"]
-    ) -> tuple[Float[Tensor, " particles"], Float[Tensor, " prompts"]]:
-        """All on the best."""
-        return best_alone(chain, rewards)

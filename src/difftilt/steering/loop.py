@@ -4,6 +4,7 @@ A steerer says by its :class:`Rule` how many children a particle has, where stat
 Feynman-Kac steering, soft value-based decoding, beam search, pruning and best-of-n differ in nothing else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -86,6 +87,41 @@ class Rule(Protocol):
         ...
 
 
+Move = Callable[[Chain, Particles, int], tuple[Chain, Particles]]
+"""``move(chain, particles, position)``: every particle at the next grid point, in place of :func:`propose`."""
+
+
+@dataclass(frozen=True)
+class Unselective:
+    """Nothing is valued before the end.
+
+    Attributes:
+        best: at the end the weight of each prompt goes to its best particle; else all weigh alike.
+    """
+
+    best: bool = True
+    copies: bool = False
+
+    def branch(self, position: int, size: int) -> int:
+        """One child each."""
+        return 1
+
+    def visits(self, position: int) -> bool:
+        """Nowhere."""
+        return False
+
+    def select(self, visit: Visit) -> Selected:
+        """Everybody goes on."""
+        return Selected(visit.chain, visit.particles, visit.chain.by_group(visit.scores)[:, 0] * 0 + visit.chain.size)
+
+    def weigh(
+        self, chain: Chain, particles: Particles, rewards: Float[Tensor, " particles"]
+    ) -> tuple[Float[Tensor, " particles"], Float[Tensor, " prompts"]]:
+        """All on the best, or equal weights."""
+        weight, log_z = best_alone(chain, rewards)
+        return weight if self.best else torch.full_like(weight, 1 / chain.size), log_z
+
+
 @dataclass(frozen=True)
 class Weighing:
     """What is logged at one visit, one entry per prompt."""
@@ -111,6 +147,7 @@ def search(
     value: Value,
     *,
     guide: Guide | None = None,
+    move: Move | None = None,
     progress: Progress | None = None,
 ) -> Steered:
     """Run the particles to t = 0.
@@ -122,6 +159,7 @@ def search(
         reward: what is steered to; scores every particle that reaches t = 0.
         value: of noisy states, asked where the rule visits before the end.
         guide: shifts the proposals, which pay for it in their log-weights.
+        move: takes the place of the proposals.
         progress: told of every step.
 
     Raises:
@@ -129,7 +167,9 @@ def search(
     """
     counts = _Counts(chain.group.new_zeros(len(chain.home)), [])
     for position in range(chain.steps + 1):
-        if position:
+        if position and move is not None:
+            chain, particles = move(chain, particles, position - 1)
+        elif position:
             branch = rule.branch(position - 1, chain.size)
             chain, particles = propose(
                 chain, particles, position - 1, guide, branch=branch, parting=counts.copied and rule.copies
