@@ -16,6 +16,9 @@ from pydantic import Field
 
 from difftilt.config import Config
 from difftilt.models.ledger import Ledger
+from difftilt.models.protocol import Denoiser
+from difftilt.rewards.compose import WeightedSum
+from difftilt.rewards.protocol import Reward
 
 
 class Budget(Config):
@@ -76,6 +79,16 @@ class Meter:
     def in_time(self) -> bool:
         """Whether seconds are left."""
         return self.budget.seconds is None or time.monotonic() - self.began < self.budget.seconds
+
+
+def price(denoise: Denoiser, reward: Reward, evaluations: int, samples: int) -> Ledger:
+    """What so many rows evaluated and so many samples scored are counted as: guidance and sums of rewards cost more."""
+    guided = getattr(denoise, "guidance", 1.0) not in (0, 1)
+    return Ledger(nfe=evaluations * (2 if guided else 1), reward_calls=samples * _parts(reward))
+
+
+def _parts(reward: Reward) -> int:
+    return sum(map(_parts, reward.rewards.values())) if isinstance(reward, WeightedSum) else 1
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.steering.budget import Meter
-from difftilt.steering.particles import bind
 from difftilt.steering.protocol import Progress, Steered
 from difftilt.steering.rollout_tree import Search, TreeConfig
 from difftilt.steering.tree import Boltzmann, Statistic, soft_value
@@ -54,24 +53,6 @@ class DTS:
         self.statistic = soft_value(config.temperature) if statistic is None else statistic
 
     @torch.no_grad()
-    def grow(
-        self,
-        task: Task,
-        denoise: Denoiser,
-        reward: Reward,
-        prompts: Sequence[str],
-        noise: NoiseSource,
-        *,
-        index: Int[Tensor, " prompts"] | None = None,
-        progress: Progress | None = None,
-        meter: Meter | None = None,
-    ) -> Search:
-        """The grown trees; arguments as in the protocol."""
-        scorer = bind(reward, task, prompts, denoise)
-        search = Search.begin(self.config, self.rule, self.statistic, scorer, task, denoise, noise, index)
-        search.grow(meter, progress)
-        return search
-
     def steer(
         self,
         task: Task,
@@ -85,7 +66,8 @@ class DTS:
         meter: Meter | None = None,
     ) -> Steered:
         """Grow a tree for every prompt and sample from it; arguments as in the protocol."""
-        search = self.grow(task, denoise, reward, prompts, noise, index=index, progress=progress, meter=meter)
+        search = Search.begin(self.config, self.rule, self.statistic, task, denoise, reward, prompts, noise, index)
+        search.grow(meter, progress)
         return self.sample(search, self.config.samples)
 
     def sample(self, search: Search, samples: int) -> Steered:

@@ -15,7 +15,6 @@ from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.steering.budget import Meter
-from difftilt.steering.particles import bind
 from difftilt.steering.protocol import Progress, Steered
 from difftilt.steering.rollout_tree import Search, TreeConfig
 from difftilt.steering.tree import UCT, soft_value
@@ -47,6 +46,7 @@ class DTSStar:
 
     def __init__(self, config: DTSStarConfig) -> None:
         self.config = config
+        self.rule, self.statistic = UCT(config.exploration), soft_value(config.temperature)
 
     @torch.no_grad()
     def steer(
@@ -62,9 +62,7 @@ class DTSStar:
         meter: Meter | None = None,
     ) -> Steered:
         """Search for every prompt; arguments as in the protocol."""
-        config, scorer = self.config, bind(reward, task, prompts, denoise)
-        rule, statistic = UCT(config.exploration), soft_value(config.temperature)
-        search = Search.begin(config, rule, statistic, scorer, task, denoise, noise, index)
+        search = Search.begin(self.config, self.rule, self.statistic, task, denoise, reward, prompts, noise, index)
         search.grow(meter, progress)
         count = len(prompts)
         greedy = search.descend(UCT(0.0), torch.zeros(count, 1, search.forest.last + 1))

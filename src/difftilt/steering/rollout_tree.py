@@ -5,6 +5,7 @@ their rewards up; every state becomes a node that later rollouts can start from.
 bit, and a tree so wide that it branches at its root alone is best-of-n.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,10 +20,11 @@ from difftilt.config import Config
 from difftilt.errors import RewardError, UserError
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
+from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
-from difftilt.steering.budget import Meter
+from difftilt.steering.budget import Meter, price
 from difftilt.steering.frontier import Frontier
-from difftilt.steering.particles import start
+from difftilt.steering.particles import bind, start
 from difftilt.steering.protocol import Progress, Steered
 from difftilt.steering.store import NodeStore
 from difftilt.steering.tree import Forest, Ids, Rule, Statistic, Widening
@@ -91,17 +93,19 @@ class Search:
         config: TreeConfig,
         rule: Rule,
         statistic: Statistic,
-        scorer: LatentReward,
         task: Task,
         denoise: Denoiser,
+        reward: Reward,
+        prompts: Sequence[str],
         noise: NoiseSource,
-        index: Int[Tensor, " prompts"] | None,
+        index: Int[Tensor, " prompts"] | None = None,
     ) -> "Search":
-        """Trees with nothing but their roots."""
-        chain, roots = start(task, denoise, scorer.prompts, 1, noise, index)
+        """Trees with nothing but their roots; arguments from ``task`` on as in :meth:`Steerer.steer`."""
+        scorer = bind(reward, task, prompts, denoise)
+        chain, roots = start(task, denoise, prompts, 1, noise, index)
         # steps without a length would leave nodes without a state
         chain = replace(chain, grid=chain.grid.unique_consecutive())
-        count, point = len(scorer.prompts), task.model.process.point_prior
+        count, point = len(prompts), task.model.process.point_prior
         forest = Forest(count, 0 if point else -1, chain.steps)
         half, cached = config.store == "half", config.predictions == "cached"
         frontier = Frontier(
@@ -136,7 +140,7 @@ class Search:
             if progress is not None:
                 progress(self.done, self.config.rollouts, None)
         if self.done == 0:
-            raise UserError(f"the budget does not allow one rollout of every prompt, which costs {self._price(1)}")
+            raise UserError(f"the budget is less than one rollout of every prompt, {self._price(1)}: raise it")
         stopped = meter is not None and (meter.interrupted or not meter.in_time)
         self.complete = self.done == self.config.rollouts or not stopped
         lost = (self.forest.value[self.best, 0] == -np.inf).nonzero()[0]
@@ -150,7 +154,7 @@ class Search:
     def _price(self, batch: int) -> Ledger:
         """The most that a round can cost."""
         rows = batch * len(self.best)
-        return Ledger(nfe=rows * self.forest.last, reward_calls=rows)
+        return price(self.frontier.chain.denoise, self.scorer.reward, rows * self.forest.last, rows)
 
     def advance(self, batch: int) -> None:
         """One round: select, complete, score, back up."""
@@ -199,8 +203,11 @@ class Search:
 
     def may_branch(self, nodes: Ids) -> NDArray[np.bool_]:
         """Whether a node that is no root can have another child before the rollouts are over."""
-        most = self.forest.visits[nodes] + self.config.rollouts - self.done
-        return ~self.forest.single[nodes] & (self._limits[most] > np.maximum(self.forest.count(nodes), 1))
+        left = self.config.rollouts - self.done
+        # the last selection sees what all but itself have visited; nodes of this round have one visit to come
+        most = np.maximum(self.forest.visits[nodes], 1) + max(left - 1, 0)
+        wide = self._limits[most] > np.maximum(self.forest.count(nodes), 1)
+        return wide & ~self.forest.single[nodes] & (left > 0)
 
     def _sweep(self) -> None:
         """Drop predictions that no child can be drawn from any more; looked for whenever the rollouts left halve."""
