@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from difftilt.steering.protocol import Steered, Steerer
 from difftilt.steering.rollout_tree import Search
 from difftilt.steering.store import BLOCK, NodeStore
 from difftilt.steering.tree import UCT, Boltzmann, Forest, Widening, soft_value
+from difftilt.testbeds.shapes import Shapes
 from difftilt.training.protocol import Task
 
 
@@ -446,3 +448,26 @@ def test_what_a_user_can_get_wrong() -> None:
     sets = FunctionReward("sets", lambda s: torch.zeros(1), replace(flow().reward.capabilities, set_valued=True))
     with pytest.raises(UserError, match="scores sets"):
         steer(dts(), replace(flow(), reward=sets), [""])
+
+
+@pytest.mark.long
+@torch.no_grad()
+def test_a_tree_of_20000_nodes_of_the_shapes_model_stays_under_1_gb() -> None:
+    task = Shapes().task()
+    search = planted(dts(rollouts=20_000, batch=64, temperature=0.1, store="half"), task, 1)
+    nothing = resident()
+    while search.forest.size < 20_000:
+        search.advance(64)
+    frontier = search.frontier
+    held = frontier.states.bytes + frontier.predictions.bytes + frontier.samples.bytes
+    assert held < 0.5 * 2**30
+    assert resident() - nothing < 2**30
+    # 3·32² numbers of two bytes for a state on the way, thrice as many for its prediction with what was evaluated
+    inner = int((search.forest.depth[: search.forest.size] < 8).sum()) - 1
+    assert frontier.states.rows == inner
+    assert held <= (inner + 1024) * 3 * 3072 * 2.1 + (search.forest.size - inner + 1024) * 3072 * 4
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

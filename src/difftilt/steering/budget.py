@@ -15,6 +15,7 @@ from types import FrameType
 from pydantic import Field
 
 from difftilt.config import Config
+from difftilt.models.denoiser import NetworkDenoiser
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.compose import WeightedSum
@@ -83,8 +84,12 @@ class Meter:
 
 def price(denoise: Denoiser, reward: Reward, evaluations: int, samples: int) -> Ledger:
     """What so many rows evaluated and so many samples scored are counted as: guidance and sums of rewards cost more."""
-    guided = getattr(denoise, "guidance", 1.0) not in (0, 1)
-    return Ledger(nfe=evaluations * (2 if guided else 1), reward_calls=samples * _parts(reward))
+    return Ledger(nfe=evaluations * branches(denoise), reward_calls=samples * _parts(reward))
+
+
+def branches(denoise: Denoiser) -> int:
+    """Network evaluations that one row counts: two with guidance."""
+    return 2 if isinstance(denoise, NetworkDenoiser) and denoise.guidance not in (0, 1) else 1
 
 
 def _parts(reward: Reward) -> int:
