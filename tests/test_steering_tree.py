@@ -387,7 +387,7 @@ def test_budgets_are_kept_and_what_is_done_comes_out(make: Callable[..., DTS | D
     model = denoiser(one.model)
     with (
         metered(Budget(nfe=2), model.ledger, 1) as meter,
-        pytest.raises(UserError, match=r"less than one rollout.*nfe=3"),
+        pytest.raises(UserError, match=r"less than one round.*nfe=3"),
     ):
         steerer.steer(one, model, one.reward, [""], Noise(0), meter=meter)
     with metered(None, model.ledger, 1) as meter:

@@ -1,7 +1,5 @@
 """Dominance between vectors of scores, larger is better in every column: fronts, ranks and archives."""
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,7 +7,9 @@ from torch import Tensor
 Scores = Float[Tensor, "rows objectives"]
 
 
-def dominates(a: Float[Tensor, "rows objectives"], b: Float[Tensor, "others objectives"]) -> Bool[Tensor, "rows others"]:
+def dominates(
+    a: Float[Tensor, "rows objectives"], b: Float[Tensor, "others objectives"]
+) -> Bool[Tensor, "rows others"]:
     """Whether row i of ``a`` is at least as good as row j of ``b`` in every objective, and better in one."""
     gap = a[:, None] - b
     return (gap >= 0).all(-1) & (gap > 0).any(-1)
@@ -34,14 +34,14 @@ def pareto_rank(scores: Scores, archive: Float[Tensor, "members objectives"]) ->
     return (scores[:, None] >= archive).double().mean(1)
 
 
-def insert(archive: Float[Tensor, "members objectives"], scores: Scores) -> tuple[Int[Tensor, " kept"], Int[Tensor, " new"]]:
+def insert(
+    archive: Float[Tensor, "members objectives"], scores: Scores
+) -> tuple[Int[Tensor, " kept"], Int[Tensor, " entering"]]:
     """Members of the archive that stay, and rows of ``scores`` that enter: together the front of both.
 
-    An archive that is a front stays one. A row that equals a member, or an earlier row, does not enter.
+    Rows that equal a member or one another are not told apart: whoever keeps samples beside their scores looks for
+    copies among these.
     """
-    seen = torch.cat([archive, scores])
-    good = front(seen)
-    equal = (seen[:, None] == seen).all(-1).tril(-1).any(1)
-    chosen = (good & ~equal).nonzero()[:, 0]
+    good = front(torch.cat([archive, scores])).nonzero()[:, 0]
     members = len(archive)
-    return chosen[chosen < members], chosen[chosen >= members] - members
+    return good[good < members], good[good >= members] - members

@@ -17,12 +17,12 @@ from pydantic import Field
 from torch import Tensor
 
 from difftilt.config import Config
-from difftilt.errors import RewardError, UserError
+from difftilt.errors import RewardError
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
-from difftilt.steering.budget import Meter, price
+from difftilt.steering.budget import Meter, price, spend
 from difftilt.steering.frontier import Frontier
 from difftilt.steering.particles import bind, start
 from difftilt.steering.protocol import Progress, Steered
@@ -130,19 +130,8 @@ class Search:
             UserError: if not even one rollout fits the budget.
             RewardError: if no sample of a prompt has a reward.
         """
-        while self.done < self.config.rollouts:
-            batch = min(self.config.batch, self.config.rollouts - self.done)
-            while batch and meter is not None and not meter.allows(self._price(batch)):
-                batch //= 2
-            if not batch:
-                break
-            self.advance(batch)
-            if progress is not None:
-                progress(self.done, self.config.rollouts, None)
-        if self.done == 0:
-            raise UserError(f"the budget is less than one rollout of every prompt, {self._price(1)}: raise it")
-        stopped = meter is not None and (meter.interrupted or not meter.in_time)
-        self.complete = self.done == self.config.rollouts or not stopped
+        config = self.config
+        _, self.complete = spend(config.rollouts, config.batch, self._price, self.advance, meter, progress)
         lost = (self.forest.value[self.best, 0] == -np.inf).nonzero()[0]
         if len(lost):
             shown = self.scorer.prompts[int(lost[0])]
@@ -156,8 +145,8 @@ class Search:
         rows = batch * len(self.best)
         return price(self.frontier.chain.denoise, self.scorer.reward, rows * self.forest.last, rows)
 
-    def advance(self, batch: int) -> None:
-        """One round: select, complete, score, back up."""
+    def advance(self, batch: int) -> bool:
+        """One round: select, complete, score, back up; a tree is never finished."""
         forest, device = self.forest, self.frontier.device
         count = torch.arange(self.done, self.done + batch, device=device)
         index = (self.prompts[:, None] * self.config.rollouts + count).flatten()
@@ -174,6 +163,7 @@ class Search:
         forest.settle(at, leaves)
         forest.backup(at[new], self.statistic)
         self._sweep()
+        return True
 
     def _rollouts(self, at: Ids, root: Ids, index: Int[Tensor, " rows"]) -> Ids:
         """Hang a scored rollout below each node; returns the finished samples."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from difftilt.statistics.folds import segment_logmeanexp, segment_softmax
+from difftilt.statistics.pareto import front
 
 Entry = TypeVar("Entry", bound=np.generic)
 Ids = NDArray[np.int64]
@@ -81,6 +82,29 @@ class UCT:
         visits = forest.visits[children] + forest.virtual[children]
         total = max(1, int(forest.visits[parent] + forest.virtual[parent]))
         return int(children[(forest.value[children, 0] + self.exploration * np.sqrt(np.log(total) / visits)).argmax()])
+
+
+@dataclass(frozen=True)
+class ParetoFront:
+    """A child, all alike, from the front of U_i = W_i/N_i + exploration·p_i·sqrt(N(parent))/(1 + N_i).
+
+    W is a vector, the second term is added to each of its components (PepTune, arXiv 2412.17780).
+
+    Attributes:
+        exploration: c.
+        active: columns that dominance looks at; None is all.
+    """
+
+    exploration: float
+    active: Ids | None = None
+
+    def __call__(self, forest: "Forest", children: Ids, u: float) -> int:
+        visits = forest.visits[children]
+        bonus = forest.prior[children] * np.sqrt(forest.visits[forest.parent[children[0]]]) / (1 + visits)
+        bound = forest.value[children] / visits[:, None] + self.exploration * bonus[:, None]
+        seen = bound if self.active is None else bound[:, self.active]
+        chosen = children[front(torch.from_numpy(seen)).numpy()]
+        return int(chosen[int(u * len(chosen))])
 
 
 def soft_value(temperature: float) -> Statistic:
@@ -224,6 +248,12 @@ class Forest:
             self.virtual[way] = 0
         for way in self.climb(visited):
             np.add.at(self.visits, way, 1)
+
+    def close(self, nodes: Ids) -> None:
+        """Leave nodes out of the selection, and every node above them whose children are all left out."""
+        for way in self.climb(nodes):
+            fresh = way if way is nodes else way[[bool(self.closed[self.children(node)].all()) for node in way]]
+            self.closed[fresh] = True
 
     def backup(self, nodes: Ids, statistic: Statistic) -> None:
         """Recompute the statistic of some nodes and of all above them from their children, deepest first."""
