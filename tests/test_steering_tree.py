@@ -217,6 +217,24 @@ def test_virtual_visits_leave_no_trace_and_the_ledger_is_exact(
     np.testing.assert_allclose(again.forest.value[:size], forest.value[:size], rtol=1e-5, atol=1e-6)
 
 
+def test_selections_of_one_round_spread() -> None:
+    """A root with one old child may have three: two of three selections widen it, the third must go down."""
+    forest = Forest(1, 0, 2)
+    first = int(forest.grow(np.array([0]), np.array([2]))[0])
+    forest.settle(np.array([0]), np.array([first + 1]))
+    at = [forest.select(0, Boltzmann(1.0), lambda node: 3 if node == 0 else 2, [0.5, 0.5]) for _ in range(4)]
+    assert at == [0, 0, first, first + 1]
+    assert forest.pending[:3].tolist() == [2, 1, 1]
+    assert forest.virtual[:3].tolist() == [4, 2, 1]
+    forest.settle(np.array(at), np.array([first + 1]))
+    assert not forest.pending.any()
+    assert not forest.virtual.any()
+    assert forest.visits[:3].tolist() == [2, 2, 2]
+    # without children of old there is nothing to go down to, so a first round is a flat list
+    fresh = Forest(1, -1, 2)
+    assert [fresh.select(0, Boltzmann(1.0), lambda node: 1, [0.5] * 3) for _ in range(3)] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("make", [dts, star])
 def test_one_rollout_is_plain_sampling_bit_for_bit(
@@ -335,6 +353,15 @@ def test_a_last_step_without_noise_has_one_child(task: Callable[[], Task]) -> No
     masked = (search.frontier.states.get(open_) == 3).any(1).numpy()
     assert bool((forest.count(open_[~masked]) == 1).all())
     assert bool((forest.count(open_[masked]) > 1).any())
+
+
+def test_a_step_without_length_is_no_node() -> None:
+    one = flow()
+    grid = torch.tensor([1.0, 0.6, 0.6, 0.2, 0.0, 0.0], dtype=torch.float64)
+    search = grown(dts(), replace(one, sampler=replace(one.sampler, grid=grid)))
+    assert search.forest.last == 3
+    steered = steer(dts(), replace(one, sampler=replace(one.sampler, grid=grid)), [""])
+    assert bool(steered.x_0.isfinite().all())
 
 
 def test_a_deterministic_kernel_and_a_model_with_memory_are_refused() -> None:

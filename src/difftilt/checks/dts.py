@@ -72,7 +72,8 @@ def sum_value(temperature: float) -> Statistic:
 def planted(steerer: DTS | DTSStar, task: Task, runs: int) -> Search:
     """So many trees that are roots alone."""
     rule, statistic, model = steerer.rule, steerer.statistic, denoiser(task.model)
-    return Search.begin(steerer.config, rule, statistic, task, model, task.reward, [""] * runs, Noise(0))
+    prompts = [task.heldout_prompts[0]] * runs
+    return Search.begin(steerer.config, rule, statistic, task, model, task.reward, prompts, Noise(0))
 
 
 @dataclass(frozen=True)
