@@ -25,6 +25,7 @@ from benchmarks.sampling import (
 )
 from benchmarks.sets import leave_one_out, swaps
 from benchmarks.training import grpo_overhead, nft_overhead
+from benchmarks.trees import dts_frontier, dts_overhead
 from benchmarks.workload import SIZES, Size
 
 BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
@@ -35,6 +36,8 @@ BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
     "update_flow_grpo": grpo_overhead,
     "update_diffusion_nft": nft_overhead,
     "fk_steering": fk_overhead,
+    "dts": dts_overhead,
+    "dts_frontier": dts_frontier,
     "noise": noise_cost,
     "sets_leave_one_out": leave_one_out,
     "sets_swaps": swaps,

@@ -29,6 +29,11 @@ class Step(Protocol):
         ...
 
     @property
+    def varies(self) -> Bool[Tensor, " batch"]:
+        """Rows whose draw depends on its noise: a second draw of the others would be a copy of the first."""
+        ...
+
+    @property
     def noise_law(self) -> NoiseLaw: ...
 
     @property

@@ -44,6 +44,10 @@ class GaussianStep(Batched):
     noise_law: NoiseLaw = "normal"
 
     @property
+    def varies(self) -> Bool[Tensor, " batch"]:
+        return self.std > 0
+
+    @property
     def noise_shape(self) -> tuple[int, ...]:
         return tuple(self.mean.shape[1:])
 
@@ -115,6 +119,11 @@ class CategoricalStep(Batched):
     noise_law: NoiseLaw = "uniform"
 
     @property
+    def varies(self) -> Bool[Tensor, " batch"]:
+        # a visible token is carried over with probability 1
+        return (self.log_probs.amax(-1) < 0).any(-1)
+
+    @property
     def noise_shape(self) -> tuple[int, ...]:
         return tuple(self.log_probs.shape[1:])
 
@@ -178,6 +187,10 @@ class MixtureStep(Batched):
     std: Float[Tensor, " batch"]
     deterministic: bool = False
     noise_law: NoiseLaw = "normal"
+
+    @property
+    def varies(self) -> Bool[Tensor, " batch"]:
+        return self.std > 0
 
     @property
     def noise_shape(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ the whole call, for prompts run together.
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -15,7 +15,12 @@ from types import FrameType
 from pydantic import Field
 
 from difftilt.config import Config
+from difftilt.errors import UserError
+from difftilt.models.denoiser import NetworkDenoiser
 from difftilt.models.ledger import Ledger
+from difftilt.models.protocol import Denoiser
+from difftilt.rewards.compose import WeightedSum
+from difftilt.rewards.protocol import Reward
 
 
 class Budget(Config):
@@ -76,6 +81,61 @@ class Meter:
     def in_time(self) -> bool:
         """Whether seconds are left."""
         return self.budget.seconds is None or time.monotonic() - self.began < self.budget.seconds
+
+
+def price(denoise: Denoiser, reward: Reward, evaluations: int, samples: int) -> Ledger:
+    """What so many rows evaluated and so many samples scored are counted as: guidance and sums of rewards cost more."""
+    return Ledger(nfe=evaluations * branches(denoise), reward_calls=samples * _parts(reward))
+
+
+def spend(
+    total: int,
+    batch: int,
+    cost: Callable[[int], Ledger],
+    advance: Callable[[int], bool],
+    meter: Meter | None,
+    progress: Callable[[int, int, None], None] | None,
+) -> tuple[int, bool]:
+    """Rounds of at most ``batch`` units until ``total`` are done or the budget is; rounds shrink to what still fits.
+
+    Args:
+        total: units that the settings allow.
+        batch: units of a round.
+        cost: units -> the most that a round of so many can cost.
+        advance: runs a round of so many units; False says that nothing is left to do.
+        meter: None does not bound the call.
+        progress: told after every round.
+
+    Returns:
+        Units done, and whether neither the user nor the clock has ended the call before its time.
+
+    Raises:
+        UserError: if not even one unit fits.
+    """
+    done, more = 0, True
+    while more and done < total:
+        units = min(batch, total - done)
+        while units and meter is not None and not meter.allows(cost(units)):
+            units //= 2
+        if not units:
+            break
+        more = advance(units)
+        done += units
+        if progress is not None:
+            progress(done, total, None)
+    if done == 0:
+        raise UserError(f"the budget is less than one round, which can cost {cost(1)} for all prompts: raise it")
+    ended = meter is not None and (meter.interrupted or not meter.in_time)
+    return done, done == total or not more or not ended
+
+
+def branches(denoise: Denoiser) -> int:
+    """Network evaluations that one row counts: two with guidance."""
+    return 2 if isinstance(denoise, NetworkDenoiser) and denoise.guidance not in (0, 1) else 1
+
+
+def _parts(reward: Reward) -> int:
+    return sum(map(_parts, reward.rewards.values())) if isinstance(reward, WeightedSum) else 1
 
 
 @contextmanager

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from difftilt.config import Config
 from difftilt.errors import UserError
-from difftilt.models.denoiser import NetworkDenoiser
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.noise import Apart
 from difftilt.sampling.protocol import NoiseSource
-from difftilt.steering.budget import Budget, Meter, metered
+from difftilt.steering.budget import Budget, Meter, branches, metered
 from difftilt.steering.protocol import Anytime, Progress, Steered, Steerer
 from difftilt.training.protocol import Task
 
@@ -119,9 +118,8 @@ def _rounds(call: _Call, steerer: Priced, meter: Meter) -> Steered:
 
 def price_of(steerer: Priced, task: Task, denoise: Denoiser) -> Ledger:
     """What one prompt costs with this task's grid and guidance, at most."""
-    price = steerer.price(len(task.sampler.grid) - 1)
-    guided = isinstance(denoise, NetworkDenoiser) and denoise.guidance not in (0, 1)
-    return replace(price, nfe=2 * price.nfe, gradient_passes=2 * price.gradient_passes) if guided else price
+    price, each = steerer.price(len(task.sampler.grid) - 1), branches(denoise)
+    return replace(price, nfe=each * price.nfe, gradient_passes=each * price.gradient_passes)
 
 
 def fitted_to(steerer: Priced, task: Task, denoise: Denoiser, budget: Budget) -> Priced:
