@@ -56,7 +56,7 @@ def basis(result: ArenaResult) -> str:
 
 def _clock(result: ArenaResult) -> str:
     """What seconds are of, where they are not wall clock."""
-    if result.recipe["arena"]["clock"] == "wall":
+    if result.recipe["arena"].get("clock", "wall") == "wall":
         return ""
     return f" Seconds are of the processor, {result.threads} thread{'s' if result.threads > 1 else ''}."
 
