@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import difftilt as package
 from command_line import CommandLine
 from difftilt.errors import GuardError, UserError
 from difftilt.evaluation.arena.config import Member, load_arena
-from difftilt.evaluation.arena.cost import CURRENCIES, evaluations, spent
+from difftilt.evaluation.arena.cost import CURRENCIES, evaluations, now, spent
 from difftilt.evaluation.arena.members import (
     base_reading,
     drawn_rows,
@@ -503,7 +504,8 @@ def test_the_page_is_what_its_script_makes_of_the_stored_results(monkeypatch: py
     assert len(quoted) == len({"the base", "flow-grpo", "diffusion-nft", "fk-steering", "best-of-n"})
     for name, result in found.items():
         assert (arena_page.PICTURES / f"{name}.png").exists()
-        assert result.recipe == load_arena(result.source).resolved()
+        # a setting that was added since has its default
+        assert load_arena(result.recipe).resolved() == load_arena(result.source).resolved()
 
 
 def test_records_survive_their_file(finished: tuple[Path, ArenaResult]) -> None:
@@ -549,6 +551,68 @@ def test_a_target_tells_what_each_trained_member_spends_until_it_is_there(
     never = watched.model_copy(update={"recipe": recipe | {"arena": recipe["arena"] | {"target": 9.0}}})
     assert set(grids(never)[-1].rows[0][2:]) == {""}
     assert grids(never)[-1].rows[0][1] == "0 of 2"
+
+
+def test_costs_until_a_target_are_divided_seed_by_seed_and_what_is_never_reached_is_no_number(
+    finished: tuple[Path, ArenaResult],
+) -> None:
+    _, result = finished
+    assert result.recipe["arena"]["seeds"] == [0, 1]
+    # nft is there after 10 and after 20 iterations, grpo after 30 with the first seed alone
+    curves = {
+        ("nft", 0): curve_of(0.1, 0.5),
+        ("nft", 1): curve_of(0.1, 0.2, 0.5),
+        ("grpo", 0): curve_of(0.1, 0.2, 0.3, 0.6),
+        ("grpo", 1): curve_of(0.1, 0.2, 0.3, 0.4),
+    }
+    runs = tuple(
+        run.model_copy(update={"curve": curves[run.member, run.seed]}) if run.curve else run for run in result.runs
+    )
+
+    def table(target: float, against: str) -> dict[str, str]:
+        recipe = result.recipe | {"arena": result.recipe["arena"] | {"target": target, "against": against}}
+        found = grids(result.model_copy(update={"runs": runs, "recipe": recipe, "heldout": "reward"}))
+        until, grid = found[-2:]
+        assert until.title == f"Until reward reaches {target:g}"
+        assert grid.title == f"Until reward reaches {target:g}: times what {against} spends, by seed"
+        (row,) = grid.rows
+        return dict(zip(grid.header, row, strict=True))
+
+    cells = table(0.45, "nft")
+    assert cells["member"] == "grpo"
+    assert [cells[f"evaluations, seed {seed}"] for seed in (0, 1)] == ["3", "not reached"]
+    assert [cells[f"seconds, seed {seed}"] for seed in (0, 1)] == ["3", "not reached"]
+    assert cells["evaluations, mean"] == cells["seconds, mean"] == "3 (1 of 2 seeds)"
+    # both are at 0.2 after 10 iterations with either seed, but nft with the first is at 0.5 then and still counts
+    cells = table(0.15, "nft")
+    assert cells["evaluations, mean"] == "1 ± 0"
+    # the other way round the same seed has no ratio either: nobody knows how often an unpaid cost goes into a paid one
+    cells = table(0.45, "grpo")
+    assert [cells[f"evaluations, seed {seed}"] for seed in (0, 1)] == ["0.33", "not reached"]
+    assert table(9.0, "nft")["seconds, mean"] == "not reached"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"against": "nft"}, "arena.target"),
+        ({"against": "bset", "target": 1.0}, "'bset' is no trained member; "),
+        ({"against": "best", "target": 1.0}, "known: grpo, nft"),
+    ],
+)
+def test_a_comparison_with_nobody_or_until_nothing_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load_arena(values(**settings))
+    assert load_arena(values(against="nft", target=1.0)).config.against == "nft"
+
+
+def test_processor_seconds_stand_still_while_the_program_waits() -> None:
+    began = now("processor"), now("wall")
+    time.sleep(0.2)
+    processor, wall = (now(clock) - start for clock, start in zip(("processor", "wall"), began, strict=True))
+    assert wall >= 0.2 > 5 * processor
+    with pytest.raises(UserError, match="processor does not see the work of meta"):
+        load_arena(values(clock="processor", device="meta"))
 
 
 def test_an_offline_member_ends_where_nothing_that_is_left_is_spent() -> None:

@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from omegaconf import OmegaConf
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from difftilt.config import Config, Problems, dump
 from difftilt.errors import UserError
-from difftilt.evaluation.arena.cost import Currency
+from difftilt.evaluation.arena.cost import Clock, Currency
 from difftilt.leaves import load, nearest
 from difftilt.recipes.loading import read
 from difftilt.recipes.parts import Part, read_part
@@ -44,8 +44,18 @@ class ArenaConfig(Config):
     steered_curve: bool = False
     """Also read steered members at halves, quarters, ... of the budget of evaluations: shows from how many samples on
     training is the cheaper way, and costs as much again."""
+    against: str | None = None
+    """Trained member that a table compares the cost until ``target`` with, seed by seed."""
+    clock: Clock = "wall"
+    """What seconds are of. ``processor`` does not depend on other work on a shared machine; set OMP_NUM_THREADS=1."""
     device: Device = "cpu"
     """Torch device of the network."""
+
+    @model_validator(mode="after")
+    def _clock_sees_the_work(self) -> Self:
+        if self.clock == "processor" and self.device != "cpu":
+            raise ValueError(f"clock: processor does not see the work of {self.device}: use wall")
+        return self
 
     @field_validator("seeds")
     @classmethod
@@ -179,8 +189,20 @@ def load_arena(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] 
     reward, weights = _reward(values, problems)
     config = problems.parse(ArenaConfig, _mapping(values.get("arena", {}), "arena", problems), "arena")
     members = _members(_mapping(values.get("members", {}), "members", problems), problems)
+    _check_against(config, members, problems)
     problems.check(source)
     return Arena(source, tuple(overrides), cast(Part, testbed), reward, weights, cast(ArenaConfig, config), members)
+
+
+def _check_against(config: ArenaConfig | None, members: Sequence[Member], problems: Problems) -> None:
+    """The member that others are compared with is trained, and there is a number to reach."""
+    if config is None or config.against is None:
+        return
+    if config.target is None:
+        problems.add("arena.against compares the cost until a number is reached: give arena.target")
+    trained = [member.name for member in members if member.method is not None]
+    if config.against not in trained:
+        problems.add(f"arena.against = {config.against!r} is no trained member; {nearest(config.against, trained)}")
 
 
 def _reward(values: Mapping[str, Any], problems: Problems) -> tuple[Part | None, RewardWeights | None]:

@@ -1,5 +1,6 @@
 """What a result cost, in the two currencies that members of an arena are compared in."""
 
+import time
 from typing import Literal
 
 from difftilt.models.ledger import Ledger
@@ -14,6 +15,14 @@ CURRENCIES: tuple[Currency, ...] = ("evaluations", "reward_calls")
 
 WORDS: dict[Currency, str] = {"evaluations": "evaluations", "reward_calls": "reward calls"}
 """The currencies as people write them."""
+
+Clock = Literal["wall", "processor"]
+"""What seconds are of."""
+
+
+def now(clock: Clock) -> float:
+    """Seconds of a clock since some moment; ``processor`` stands still while other programs run, and adds threads."""
+    return time.perf_counter() if clock == "wall" else time.process_time()
 
 
 def evaluations(cost: Ledger) -> int:

@@ -1,6 +1,5 @@
 """Running one member of an arena: the base, a steerer or a method, and how far a budget takes it."""
 
-import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from difftilt.errors import GuardError
 from difftilt.evaluation.arena.config import Member
-from difftilt.evaluation.arena.cost import CURRENCIES, WORDS, Currency, spent
+from difftilt.evaluation.arena.cost import CURRENCIES, WORDS, Currency, now, spent
 from difftilt.evaluation.arena.records import MemberRun, Reading, finite, within
 from difftilt.evaluation.arena.stage import Stage, noise_of, search_bound
 from difftilt.leaves import load
@@ -181,9 +180,9 @@ def steered_reading(stage: Stage, member: Member, amount: Amount, seed: int, tel
     """Steer with a number of particles, or for a budget, and measure one sample of every call."""
     assert member.steerer is not None
     task, count = stage.task(member), stage.arena.config.samples
-    began = time.perf_counter()
+    began = now(stage.arena.config.clock)
     x_0, cost = steer_all(stage, task, member, amount, seed, samples=count, tell=tell)
-    seconds = time.perf_counter() - began
+    seconds = now(stage.arena.config.clock) - began
     run = replace(stage.run(task, seed), ledger=Ledger())
     with torch.no_grad():
         samples = run.samples(x_0, heldout_batch(run, count), heldout=True)
@@ -266,9 +265,9 @@ def _trained(stage: Stage, member: Member, seed: int, tell: Tell) -> MemberRun:
     iteration, seconds = 0, 0.0
     read(iteration, loop.run.ledger.copy(), seconds)
     while kept := _kept(loop.run.ledger + sampling.cost, budgets):
-        weights, cost, began = loop.run.roles.state_dict(), loop.run.ledger.copy(), time.perf_counter()
+        weights, cost, began = loop.run.roles.state_dict(), loop.run.ledger.copy(), now(config.clock)
         loop.iterate(iteration)
-        took, still = time.perf_counter() - began, _kept(loop.run.ledger + sampling.cost, budgets)
+        took, still = now(config.clock) - began, _kept(loop.run.ledger + sampling.cost, budgets)
         if still != kept and curve[-1].iterations != iteration:
             with _returned_to(loop, weights):
                 read(iteration, cost, seconds)

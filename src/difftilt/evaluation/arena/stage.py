@@ -1,7 +1,6 @@
 """The ground that members of an arena share: the task, the held-out prompts, and base samples to measure drift from."""
 
 import math
-import time
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from difftilt.errors import UserError
 from difftilt.evaluation.arena.config import Arena, Member
+from difftilt.evaluation.arena.cost import now
 from difftilt.evaluation.arena.records import finite
 from difftilt.models.ledger import Ledger
 from difftilt.models.roles import CopiedRoles
@@ -83,9 +83,10 @@ class Stage:
         run = replace(run, ledger=Ledger())
         with torch.no_grad():
             batch = heldout_batch(run, self.arena.config.samples)
-            began = time.perf_counter()
+            clock = self.arena.config.clock
+            began = now(clock)
             draw(run, role, sampler, batch, noise_of(run.noise.seed))
-        return Sampling(run.ledger, time.perf_counter() - began)
+        return Sampling(run.ledger, now(clock) - began)
 
     def drift(self, task: Task, samples: Samples, seed: int) -> dict[str, float]:
         """``distance``: Fréchet distance between the features of samples and of as many independent base samples.

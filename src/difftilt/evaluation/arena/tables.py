@@ -3,7 +3,7 @@
 import html
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
@@ -33,8 +33,11 @@ def grids(result: ArenaResult) -> list[Grid]:
         categories = [name for name in _names(result) if "@" in name]
         if categories:
             found.append(_plain(result, currency, f"{title}, by category", categories))
-    target = result.recipe["arena"].get("target")
-    found += [] if target is None else [_until(result, float(target))]
+    target, against = (result.recipe["arena"].get(key) for key in ("target", "against"))
+    if target is not None:
+        found.append(_until(result, float(target)))
+    if target is not None and against is not None:
+        found.append(_ratios(result, float(target), against))
     crossed = crossovers(result)
     return [*found, _pays(crossed)] if crossed else found
 
@@ -47,8 +50,15 @@ def basis(result: ArenaResult) -> str:
     return (
         f"Cost until {count} samples exist, training included; evaluations are forward passes plus {GRADIENT_PASS} for "
         f"every gradient pass. Training is paid once however many samples follow, steering for each of them: the order "
-        f"holds for {count} samples. Numbers: {spread}."
+        f"holds for {count} samples. Numbers: {spread}.{_clock(result)}"
     )
+
+
+def _clock(result: ArenaResult) -> str:
+    """What seconds are of, where they are not wall clock."""
+    if result.recipe["arena"].get("clock", "wall") == "wall":
+        return ""
+    return f" Seconds are of the processor, {result.threads} thread{'s' if result.threads > 1 else ''}."
 
 
 def markdown_tables(result: ArenaResult) -> str:
@@ -134,6 +144,49 @@ def _until(result: ArenaResult, target: float) -> Grid:
             found = [reached for run in runs if (reached := _reached(run, result.heldout, target)) is not None]
             rows.append([entry.name, f"{len(found)} of {len(runs)}", *_spendings(found)])
     return Grid(f"Until {result.heldout} reaches {target:g}", header, rows)
+
+
+PAID: Mapping[str, Callable[[Reading], float]] = {
+    "evaluations": lambda one: evaluations(one.cost),
+    "seconds": lambda one: one.seconds,
+}
+"""What a ratio of costs is of."""
+NOT_REACHED = "not reached"
+
+
+def _ratios(result: ArenaResult, target: float, against: str) -> Grid:
+    """What each trained member has spent until a number is reached, over what one member has with the same seed."""
+    seeds: list[int] = result.recipe["arena"]["seeds"]
+    columns = [[*(f"{word}, seed {seed}" for seed in seeds), f"{word}, mean"] for word in PAID]
+    floor = {run.seed: _reached(run, result.heldout, target) for run in result.of(against)}
+    rows: list[list[str]] = []
+    for entry in result.members:
+        if entry.kind != "trained" or entry.name == against:
+            continue
+        found = {run.seed: _reached(run, result.heldout, target) for run in result.of(entry.name)}
+        parts = [_quotients([(found[seed], floor[seed]) for seed in seeds], paid) for paid in PAID.values()]
+        rows.append([entry.name, *(cell for part in parts for cell in part)])
+    title = f"Until {result.heldout} reaches {target:g}: times what {against} spends, by seed"
+    return Grid(title, ["member", *(name for part in columns for name in part)], rows)
+
+
+def _quotients(pairs: Sequence[tuple[Reading | None, Reading | None]], paid: Callable[[Reading], float]) -> list[str]:
+    """One ratio for each pair, and mean and spread of those that there are; a seed that never gets there has none."""
+    known = {
+        place: paid(one) / paid(other)
+        for place, (one, other) in enumerate(pairs)
+        if one is not None and other is not None
+    }
+    cells = [f"{known[place]:.2g}" if place in known else NOT_REACHED for place in range(len(pairs))]
+    return [*cells, _spread(list(known.values()), len(pairs))]
+
+
+def _spread(values: Sequence[float], seeds: int) -> str:
+    """Mean ± standard deviation, and of how many seeds where not of all."""
+    if not values:
+        return NOT_REACHED
+    mean = f"{statistics.fmean(values):.2g}" + (f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else "")
+    return mean if len(values) == seeds else f"{mean} ({len(values)} of {seeds} seeds)"
 
 
 def _reached(run: MemberRun, name: str, target: float) -> Reading | None:
