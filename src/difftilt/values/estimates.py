@@ -100,7 +100,7 @@ class SampledX0:
     ) -> Float[Tensor, " batch"]:
         if prediction is None:
             return self.reward(x_t, rows.prompt)
-        again, index = _copies(rows, self.count)
+        again, index = copies(rows.index, self.count)
         many = take(prediction, again)
         noise = self.noise.uniform(index, many.x0_noise_shape(), purpose="value", step=rows.step)
         scores = self.reward(many.draw_x0(noise), rows.prompt[again])
@@ -134,7 +134,7 @@ class Rollout:
     ) -> Float[Tensor, " batch"]:
         if rows.step >= len(self.grid) - 1:
             return self.reward(x_t, rows.prompt)
-        again, index = _copies(rows, self.count)
+        again, index = copies(rows.index, self.count)
         path = rollout(
             self.denoise,
             self.preset,
@@ -204,11 +204,11 @@ class ClosedForm:
         return self.function(x_t, t, condition)
 
 
-def _copies(rows: Rows, count: int) -> tuple[Int[Tensor, " draws"], Int[Tensor, " draws"]]:
+def copies(index: Int[Tensor, " batch"], count: int) -> tuple[Int[Tensor, " draws"], Int[Tensor, " draws"]]:
     """Row and noise index of ``count`` draws per row, those of one row together."""
-    again = torch.arange(len(rows.index), device=rows.index.device).repeat_interleave(count)
-    draw = torch.arange(count, device=rows.index.device).repeat(len(rows.index))
-    return again, rows.index[again] * count + draw
+    again = torch.arange(len(index), device=index.device).repeat_interleave(count)
+    draw = torch.arange(count, device=index.device).repeat(len(index))
+    return again, index[again] * count + draw
 
 
 def average(scores: Float[Tensor, "batch draws"], temperature: float, soft: bool) -> Float[Tensor, " batch"]:
