@@ -46,11 +46,14 @@ def test_an_unfitted_steerer_fits_itself_and_pays(truth: Any, bootstrap: int) ->
     """The fit costs its rollouts and their rewards once; decoding then needs only the chosen states' evaluations."""
     task = truth().task
     steps, steerer = len(task.sampler.grid) - 1, svdd(bootstrap=bootstrap)
+    price = steerer.price(steps)
     first, second = steer(steerer, task, ["", ""]), steer(steerer, task, ["", ""])
     assert second.ledger.nfe == 4 * steps
     assert second.ledger.reward_calls == 4 * 3
     assert second.ledger.auxiliary_calls == 4 * 3 * (steps - 1)
+    assert steerer.price(steps) * 2 == second.ledger
     paid = first.ledger - second.ledger
+    assert price == steerer.price(steps) + paid
     assert (paid.nfe, paid.reward_calls, paid.auxiliary_calls) == (32 * steps, 32, 4 * 8 * (1 + bootstrap))
     assert torch.equal(first.x_0, second.x_0)
 

@@ -25,7 +25,7 @@ from difftilt.steering.particles import Chain, bind, gather, start
 from difftilt.steering.protocol import Particles, Progress, Steered
 from difftilt.steering.resampling import effective_sample_size, multinomial
 from difftilt.steering.selection import categorical
-from difftilt.steering.valuing import Valued, value_price
+from difftilt.steering.valuing import Valued, branching_price
 from difftilt.training.protocol import Task
 from difftilt.values.protocol import Value
 
@@ -65,11 +65,9 @@ class SVDD(LearnsValue):
         self.config = config
 
     def price(self, steps: int) -> Ledger:
-        """Every child is valued; where that reads its prediction, the chosen one's is used by its step."""
-        config = self.config
-        valued = sum((value_price(config, left) for left in range(steps)), Ledger()) * config.children
-        own = 1 + config.children * (steps - 1) if config.reads_prediction else steps
-        return (Ledger(nfe=own) + valued) * config.particles + self.fit_price(steps)
+        """Every child is valued."""
+        particle = branching_price(self.config, self.config.children, steps)
+        return particle * self.config.particles + self.fit_price(steps)
 
     @torch.no_grad()
     def steer(

@@ -63,6 +63,14 @@ def value_price(config: Valued, left: int) -> Ledger:
     return Ledger(nfe=nfe, reward_calls=config.x0_samples)
 
 
+def branching_price(config: Valued, children: int, steps: int) -> Ledger:
+    """What one particle costs whose every step draws and values so many children, and goes on from one of them."""
+    valued = sum((value_price(config, left) for left in range(steps)), Ledger()) * children
+    # where the value reads a child's prediction, the chosen one's is used by its step
+    own = 1 + children * (steps - 1) if config.reads_prediction else steps
+    return Ledger(nfe=own) + valued
+
+
 def value_of(config: Valued, reward: LatentReward, chain: Chain, temperature: float) -> Value:
     """The value that the settings name.
 
