@@ -56,6 +56,7 @@ def gaussian_steps() -> Truth:
         (sequence_truth, fk(particles=3, value="x0_samples", x0_samples=5)),
         (sequence_truth, fk(particles=3, value="rollout", x0_samples=2)),
         (sequence_truth, SVDD(SVDDConfig(particles=2, children=3, value="x0_samples", x0_samples=5))),
+        (sequence_truth, SVDD(SVDDConfig(particles=2, children=3, value="rollout", x0_samples=2))),
     ],
 )
 def test_a_price_is_what_the_ledger_counts(truth: Any, steerer: Any) -> None:

@@ -71,17 +71,26 @@ def sequence_reward(x: Tensor) -> Tensor:
     return pairs + 0.7 * ((x == 2).sum(-1) >= 4)
 
 
-@cache
-def sequence_truth() -> Truth:
-    """Six tokens over three symbols unmasked in six steps; the truth is the tilted law of this chain, enumerated."""
-    rows = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.3, 0.2, 0.5]])
-    network, process, grid = MarkovPosterior(torch.tensor([0.5, 0.3, 0.2]), rows, 6), MaskedProcess(3), uniform_grid(6)
+def sequences(rows: Sequence[Sequence[float]], temperature: float = 0.5) -> Truth:
+    """Six tokens over three symbols unmasked in six steps; the truth is the tilted law of this chain, enumerated.
+
+    Args:
+        rows: law of the token after each symbol; the first one has the law (0.5, 0.3, 0.2).
+        temperature: of the tilt.
+    """
+    network, process = MarkovPosterior(torch.tensor([0.5, 0.3, 0.2]), torch.tensor(rows), 6), MaskedProcess(3)
     model = GenerativeModel(network, process, "logits", (6,), lambda prompts: None, lambda x: x, dtype_tokens=True)
-    reward = FunctionReward("pairs", lambda samples: sequence_reward(samples.media))
+    reward, grid = FunctionReward("pairs", lambda samples: sequence_reward(samples.media)), uniform_grid(6)
     task = Task("sequences", model, reward, ("",), ("",), Sampler(grid, Unmasking()))
     base, rewards = chain_law(network, process, 6, grid), sequence_reward(enumerate_sequences(3, 6)).double()
-    log_z = float((base.log() + rewards / 0.5).logsumexp(0))
-    return Truth(task, 0.5, tilted(base, rewards, 0.5), log_z, lambda x: sequence_codes(x, 3))
+    log_z = float((base.log() + rewards / temperature).logsumexp(0))
+    return Truth(task, temperature, tilted(base, rewards, temperature), log_z, lambda x: sequence_codes(x, 3))
+
+
+@cache
+def sequence_truth() -> Truth:
+    """Neighbours depend on one another."""
+    return sequences([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.3, 0.2, 0.5]])
 
 
 def steer(steerer: Steerer, task: Task, runs: int, seed: int = 0) -> Steered:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,13 +27,15 @@ class ProcessReward(nn.Module):
     """r(x_t, t, condition), one number for each state, in units of the reward.
 
     States with at least two dimensions of 8 or more at their end (images, frames of a video) go through convolutions of
-    stride 2 until a side is at most 4, each with a bias made of time and condition; all others through a perceptron.
+    stride 2 until a side is at most 4, each with a bias made of time and condition; all others through a perceptron,
+    tokens as one-hot vectors.
     The output is ``offset + scale·network``, buffers that :meth:`calibrate` sets to the mean and spread of the rewards.
 
     Args:
         shape: of one state; for images (..., height, width), all dimensions before them are channels.
         classes: number of classes; the condition is then an int64 tensor (batch,), where ``classes`` is the null label.
         vector: width of a condition vector: the entry ``vector`` of a mapping, or a float tensor (batch, vector).
+        symbols: number of tokens, the mask among them; 0 for continuous states.
         hidden: width of the hidden layers (SiLU), and of the last feature maps.
         features: time features, even.
         seed: of the weights.
@@ -49,6 +51,7 @@ class ProcessReward(nn.Module):
         *,
         classes: int = 0,
         vector: int = 0,
+        symbols: int = 0,
         hidden: int = 64,
         features: int = 16,
         seed: int = 0,
@@ -56,9 +59,10 @@ class ProcessReward(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.shape, self.features, self.classes, self.vector = tuple(shape), features, classes, vector
+        self.symbols = symbols
         self.labels = table(classes + 1, features, generator, std=1.0) if classes else None
         self.embed = linear(features * (2 if classes else 1) + vector, hidden, generator)
-        size, convolutions, biases = _trunk(shape, hidden, generator)
+        size, convolutions, biases = _trunk((*shape, symbols) if symbols else shape, hidden, generator)
         self.convolutions, self.biases = nn.ModuleList(convolutions), nn.ModuleList(biases)
         self.first = linear(size + hidden, hidden, generator)
         self.second = linear(hidden, hidden, generator)
@@ -81,10 +85,11 @@ class ProcessReward(nn.Module):
         return vector_of(condition) if self.vector else None
 
     def forward(
-        self, x_t: Float[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition = None
+        self, x_t: Shaped[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition = None
     ) -> Float[Tensor, " batch"]:
         """The score of each state."""
         dtype = self.first.weight.dtype
+        x_t = F.one_hot(x_t, self.symbols).to(dtype) if self.symbols else x_t
         inner, embedded = x_t.to(dtype), self._embedded(t.to(dtype), condition)
         if len(self.convolutions):
             inner = inner.flatten(1, -3)
@@ -106,12 +111,15 @@ class ProcessReward(nn.Module):
         return F.silu(self.embed(torch.cat(parts, -1)))
 
 
-def process_reward_for(shape: Sequence[int], condition: Condition, *, hidden: int = 64, seed: int = 0) -> ProcessReward:
+def process_reward_for(
+    shape: Sequence[int], condition: Condition, *, symbols: int = 0, hidden: int = 64, seed: int = 0
+) -> ProcessReward:
     """A network for states of this shape and conditions like these.
 
     Args:
         shape: of one state.
         condition: encoded prompts, all labels among them where they are classes.
+        symbols: number of tokens with the mask; 0 for continuous states.
         hidden: width.
         seed: of the weights.
 
@@ -124,7 +132,7 @@ def process_reward_for(shape: Sequence[int], condition: Condition, *, hidden: in
             "a process reward reads a class, a vector, or a mapping with 'vector' (a pooled text); the model's "
             f"condition is a {type(condition).__name__}: give a saved network of your own"
         )
-    return ProcessReward(shape, classes=classes, vector=vector, hidden=hidden, seed=seed)
+    return ProcessReward(shape, classes=classes, vector=vector, symbols=symbols, hidden=hidden, seed=seed)
 
 
 def sizes_of(condition: Condition) -> tuple[int, int]:

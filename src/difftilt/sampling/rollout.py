@@ -367,10 +367,24 @@ def sample(
     """Plain sampling: by the sampler's solver if it has one, else by its kernel, with a clean end where asked for."""
     if sampler.solver is not None:
         return sampler.solver(denoise, x, condition, sampler.grid)
+    return sample_by_kernel(denoise, sampler, x, condition, noise=noise, index=index).x_0
+
+
+def sample_by_kernel(
+    denoise: Denoiser,
+    sampler: Sampler,
+    x: Shaped[Tensor, "rows *shape"],
+    condition: Condition,
+    *,
+    noise: NoiseSource,
+    index: Int[Tensor, " rows"],
+    observe: Observe | None = None,
+) -> Trajectory:
+    """Plain stochastic sampling, whether the sampler has a solver or not."""
     preset = Preset("plain", sampler.kernel)
     steps = len(sampler.grid) - 1
     plan = Plan(stochastic=window_mask(steps, 0, steps - 1)) if sampler.clean_end else Plan()
-    return rollout(denoise, preset, sampler.grid, x, condition, noise=noise, index=index, plan=plan).x_0
+    return rollout(denoise, preset, sampler.grid, x, condition, noise=noise, index=index, plan=plan, observe=observe)
 
 
 def replay(

@@ -8,6 +8,7 @@ Traps: a distance between two finite sets of one law is not 0, so compare at one
 take an explicit index; a negative one belongs to no segment. Long sums run in float64.
 """
 
+from difftilt.statistics.correlation import correlation
 from difftilt.statistics.discrete import (
     empirical,
     enumerate_sequences,
@@ -57,6 +58,7 @@ __all__ = [
     "SetMoments",
     "SetState",
     "compact",
+    "correlation",
     "coverage",
     "covered",
     "empirical",

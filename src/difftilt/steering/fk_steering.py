@@ -21,12 +21,13 @@ from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import Guide, NoiseSource
 from difftilt.steering.guides import value_guide
+from difftilt.steering.learning import LearnsValue
 from difftilt.steering.loop import Selected, Visit, best_alone, search
 from difftilt.steering.particles import Chain, bind, gather, start, weighted
 from difftilt.steering.potentials import Lineage, PotentialName, begin, gain, offset
 from difftilt.steering.protocol import Particles, Progress, Steered
 from difftilt.steering.resampling import RESAMPLERS, ResamplerName, effective_sample_size, log_mean_exp
-from difftilt.steering.valuing import Valued, value_of, value_price
+from difftilt.steering.valuing import Valued, value_price
 from difftilt.training.protocol import Task
 from difftilt.values.estimates import LatentReward
 from difftilt.values.protocol import Value
@@ -66,12 +67,12 @@ class FKSteeringConfig(Valued):
     """``reference`` drops the weights where it does not resample, as the published code does; biased."""
 
 
-class FKSteering:
+class FKSteering(LearnsValue):
     """Propose, value, weigh, gather.
 
     Args:
         config: settings.
-        value: an intermediate reward of one's own (learned, closed form) in place of ``config.value``.
+        value: an intermediate reward of one's own (closed form, say) in place of ``config.value``.
         guide: a proposal of one's own in place of ``config.guide_scale``.
     """
 
@@ -80,13 +81,15 @@ class FKSteering:
     def __init__(self, config: FKSteeringConfig, *, value: Value | None = None, guide: Guide | None = None) -> None:
         if guide is not None and config.guide_scale > 0:
             raise UserError(f"give either a guide or guide_scale, not both (guide_scale is {config.guide_scale:g})")
-        self.config, self.value, self.guide = config, value, guide
+        super().__init__(config, config.temperature, value)
+        self.config, self.guide = config, guide
 
     def price(self, steps: int) -> Ledger:
         """Every particle is evaluated at every step, valued at the chosen points and scored; guides cost a gradient."""
         config, valued = self.config, [value_price(self.config, steps - position) for position in self.times(steps)]
         guided = Ledger(gradient_passes=steps, reward_calls=steps) if config.guide_scale > 0 else Ledger()
-        return (Ledger(nfe=steps, reward_calls=1) + guided + sum(valued, Ledger())) * config.particles
+        particle = Ledger(nfe=steps, reward_calls=1) + guided + sum(valued, Ledger())
+        return particle * config.particles + self.fit_price(steps)
 
     @torch.no_grad()
     def steer(
@@ -107,7 +110,7 @@ class FKSteering:
             self.config, self.times(chain.steps), chain.steps, particles.log_weight.new_zeros(len(prompts))
         )
         particles = rule.begin(particles)
-        value = self.value or value_of(self.config, scorer, chain, self.config.temperature)
+        value = self.value_in(task, prompts, scorer, chain)
         guide = self._guide(scorer, chain)
         return search(rule, chain, particles, scorer, value, guide=guide, progress=progress)
 

@@ -120,7 +120,7 @@ def start(
             so a batch of prompts gives what its prompts give one by one.
         places: most particles per prompt that will be settled at once; None is ``size``.
     """
-    device = _device(task.model.network)
+    device = device_of(task.model.network)
     every = torch.arange(len(prompts), device=device)
     index = every if index is None else index.to(device)
     places = size if places is None else places
@@ -137,7 +137,7 @@ def start(
     return chain, Particles(x, chain.group, condition, log_weight, memory={"origin": origin})
 
 
-def _device(network: Network) -> torch.device:
+def device_of(network: Network) -> torch.device:
     """Where the network's weights lie; the CPU for one without weights."""
     weights = list(network.parameters()) if isinstance(network, nn.Module) else []
     return weights[0].device if weights else torch.device("cpu")

@@ -19,12 +19,13 @@ from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
+from difftilt.steering.learning import LearnsValue
 from difftilt.steering.loop import Selected, Visit, search, settle
 from difftilt.steering.particles import Chain, bind, gather, start
 from difftilt.steering.protocol import Particles, Progress, Steered
 from difftilt.steering.resampling import effective_sample_size, multinomial
 from difftilt.steering.selection import categorical
-from difftilt.steering.valuing import Valued, value_of, value_price
+from difftilt.steering.valuing import Valued, branching_price
 from difftilt.training.protocol import Task
 from difftilt.values.protocol import Value
 
@@ -49,24 +50,24 @@ class SVDDConfig(Valued):
     """SVDD-R: after every step the samples of a prompt are drawn anew in proportion to exp(value/β)."""
 
 
-class SVDD:
+class SVDD(LearnsValue):
     """Branch, value, take one child of each.
 
     Args:
         config: settings.
-        value: an intermediate reward of one's own (learned, closed form) in place of ``config.value``.
+        value: an intermediate reward of one's own (closed form, say) in place of ``config.value``.
     """
 
     Config = SVDDConfig
 
     def __init__(self, config: SVDDConfig, *, value: Value | None = None) -> None:
-        self.config, self.value = config, value
+        super().__init__(config, config.temperature, value)
+        self.config = config
 
     def price(self, steps: int) -> Ledger:
-        """Every child is valued, those before the end by their own prediction, which the chosen one's step uses."""
-        valued = [value_price(self.config, left) for left in range(steps)]
-        children = sum((one + Ledger(nfe=left > 0) for left, one in enumerate(valued)), Ledger()) * self.config.children
-        return (Ledger(nfe=1) + children) * self.config.particles
+        """Every child is valued."""
+        particle = branching_price(self.config, self.config.children, steps)
+        return particle * self.config.particles + self.fit_price(steps)
 
     @torch.no_grad()
     def steer(
@@ -83,7 +84,7 @@ class SVDD:
         """Sample for every prompt; arguments as in the protocol."""
         config, scorer = self.config, bind(reward, task, prompts, denoise)
         chain, particles = start(task, denoise, prompts, config.particles, noise, index)
-        value = self.value or value_of(config, scorer, chain, config.temperature or 1.0)
+        value = self.value_in(task, prompts, scorer, chain)
         return search(SoftValue(config, chain.steps), chain, particles, scorer, value, progress=progress)
 
 

@@ -10,7 +10,7 @@ share weights.
 """
 
 from difftilt.testbeds.digits import Digits
-from difftilt.testbeds.enumeration import chain_expectation, chain_law
+from difftilt.testbeds.enumeration import StateTable, chain_expectation, chain_law, chain_mean, chain_soft_value
 from difftilt.testbeds.mixtures import Mixtures, ring
 from difftilt.testbeds.sequences import Sequences
 
@@ -18,7 +18,10 @@ __all__ = [
     "Digits",
     "Mixtures",
     "Sequences",
+    "StateTable",
     "chain_expectation",
     "chain_law",
+    "chain_mean",
+    "chain_soft_value",
     "ring",
 ]

@@ -6,8 +6,11 @@ laws; splitting the product into two halves turns one step of the recursion into
 milliseconds. All laws are float64.
 """
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from difftilt.models.protocol import Network
@@ -94,3 +97,86 @@ def chain_expectation(
         h = (left @ h.reshape(left.shape[1], -1) * right).sum(-1)
         found.append(h)
     return torch.stack(found[::-1])
+
+
+@dataclass(frozen=True)
+class StateTable:
+    """A function of the states of an enumerated chain, at the times that its sampler visits.
+
+    Attributes:
+        symbols: letters and the mask.
+        grid: falling times.
+        table: (times, symbols^length), float64, states in lexicographic order.
+    """
+
+    symbols: int
+    grid: Float[Tensor, " times"]
+    table: Float[Tensor, "times states"]
+
+    def __call__(self, x_t: Int[Tensor, "batch position"], t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Its value for each row.
+
+        Raises:
+            ValueError: for a time that is not on the grid.
+        """
+        gap, row = (t.double()[:, None] - self.grid).abs().min(1)
+        if bool((gap > 1e-6).any()):
+            raise ValueError(f"the sampler has the times {self.grid.tolist()}; got t={t.tolist()}")
+        return self.table[row, sequence_codes(x_t, self.symbols)]
+
+
+def chain_mean(
+    network: Network,
+    process: MaskedProcess,
+    length: int,
+    grid: Float[Tensor, " times"],
+    rewards: Float[Tensor, " sequences"],
+) -> StateTable:
+    """E[r(x_0) | x_t] under the chain; arguments as in :func:`chain_expectation`."""
+    return StateTable(process.vocab + 1, grid, chain_expectation(network, process, length, grid, rewards))
+
+
+def chain_soft_value(
+    network: Network,
+    process: MaskedProcess,
+    length: int,
+    grid: Float[Tensor, " times"],
+    rewards: Float[Tensor, " sequences"],
+    temperature: float,
+) -> StateTable:
+    """β·log E[exp(r(x_0)/β) | x_t] under the chain, in units of the reward; β is the temperature.
+
+    States that hold a mask at t = 0 are never reached and have -inf.
+    """
+    # shifted by the largest reward, so that no exponential overflows
+    largest = rewards.double().max()
+    h = chain_expectation(network, process, length, grid, ((rewards.double() - largest) / temperature).exp())
+    return StateTable(process.vocab + 1, grid, largest + temperature * h.log())
+
+
+def decoded_law(
+    network: Network, process: MaskedProcess, length: int, value: StateTable, temperature: float
+) -> Float[Tensor, " sequences"]:
+    """Law of sequences that follow p(x_s | x_t)·exp(v(x_s, s)/β) at every step: many children by ``value``.
+
+    With the soft value it is the tilted law; with any other it shows that value's bias without sampling error.
+
+    Args:
+        network: ``(tokens, t, None) -> logits``.
+        process: gives the vocabulary and the mask probability.
+        length: positions L.
+        value: of all states at all times; at t = 0 the reward itself.
+        temperature: β.
+    """
+    symbols, times = process.vocab + 1, value.grid.tolist()
+    law = torch.zeros(symbols**length, dtype=torch.float64)
+    law[-1] = 1.0
+    for position, (t, s) in enumerate(pairwise(times), 1):
+        left, right = transition(network, process, length, t, s)
+        here = value.table[position].double() / temperature
+        lift = (here - here.max()).exp()
+        total = (left @ lift.reshape(left.shape[1], -1) * right).sum(-1)
+        # a state without weight has no successor either
+        share = torch.where(law > 0, law / total, 0.0)
+        law = (left.T @ (share[:, None] * right)).flatten() * lift
+    return law[sequence_codes(enumerate_sequences(process.vocab, length), symbols)]

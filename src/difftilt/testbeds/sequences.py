@@ -26,8 +26,8 @@ from difftilt.rewards.protocol import Samples
 from difftilt.rewards.tokens import Pairs, TokenWeights
 from difftilt.sampling.kernels import Unmasking
 from difftilt.sampling.protocol import Sampler
-from difftilt.statistics import empirical, enumerate_sequences, sequence_codes, tilted, total_variation
-from difftilt.testbeds.enumeration import chain_expectation, chain_law
+from difftilt.statistics import empirical, enumerate_sequences, tilted, total_variation
+from difftilt.testbeds.enumeration import chain_law, chain_soft_value
 from difftilt.training.protocol import Task
 
 CARD = Card(
@@ -186,15 +186,10 @@ class Sequences:
         Raises:
             ValueError: for a time that the sampler does not visit.
         """
-        beta = self._beta(temperature)
-        # shifted by the largest reward, so that no exponential overflows
-        largest = self.rewards.max()
-        terminal = ((self.rewards - largest) / beta).exp()
-        h = chain_expectation(self.base, self.process, self.config.length, self.grid, terminal)
-        gap, row = (t.double()[:, None] - self.grid).abs().min(1)
-        if bool((gap > 1e-6).any()):
-            raise ValueError(f"the sampler has the times {self.grid.tolist()}; got t={t.tolist()}")
-        return largest + beta * h[row, sequence_codes(x_t, self.config.letters + 1)].log()
+        table = chain_soft_value(
+            self.base, self.process, self.config.length, self.grid, self.rewards, self._beta(temperature)
+        )
+        return table(x_t, t)
 
     def distance_to_target(
         self,

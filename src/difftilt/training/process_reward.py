@@ -57,7 +57,7 @@ def process_reward_of(config: ProcessRewardConfig, task: Task) -> nn.Module:
         UserError: if the directory holds another kind of network, or the conditions are of no known kind.
     """
     if config.process_reward is None:
-        return process_reward_for(task.model.shape, _condition_of(task), hidden=config.fit_hidden)
+        return process_reward_for(task.model.shape, condition_of(task), hidden=config.fit_hidden)
     saved = from_pretrained(config.process_reward)
     if not isinstance(saved, ProcessReward):
         raise UserError(
@@ -67,7 +67,7 @@ def process_reward_of(config: ProcessRewardConfig, task: Task) -> nn.Module:
     return saved.eval()
 
 
-def _condition_of(task: Task) -> Condition:
+def condition_of(task: Task) -> Condition:
     """A condition as the task has them: that of every prompt where they are classes, else that of the first alone."""
     prompts = list(dict.fromkeys([*task.prompts, *task.heldout_prompts]))
     with torch.no_grad():
@@ -77,7 +77,7 @@ def _condition_of(task: Task) -> Condition:
 
 def _check_saved(saved: ProcessReward, directory: str, task: Task) -> None:
     """Refuse a network that was made for other states or conditions than the task's, or whose score is not finite."""
-    condition, shape = to_device(_condition_of(task), "cpu"), tuple(task.model.shape)
+    condition, shape = to_device(condition_of(task), "cpu"), tuple(task.model.shape)
     classes, vector = sizes_of(condition)
     # a class that it does not know would be read as its null label
     known = saved.classes == 0 or 0 < classes <= saved.classes

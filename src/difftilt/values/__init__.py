@@ -2,7 +2,8 @@
 
 A reward sees decoded samples only, a value sees (x_t, t, condition) and the prediction already paid for. Steerers rank
 partial trajectories with it; process rewards are values too. To add one, write a callable with the signature of
-``Value``: an estimate from the denoiser in ``estimates``, a learned one in ``learned``.
+``Value``: an estimate from the denoiser in ``estimates``, a learned one in ``learned`` (noised samples) or
+``recorded`` (states of rollouts).
 
 Traps: the soft value is β·log E[exp(r/β)], not E[r]; an average at the wrong temperature gives another target. A value
 that evaluates networks counts them in its denoiser's ledger. Noise is keyed by the slot (``rows.index``), not by the
@@ -13,6 +14,7 @@ from difftilt.values.estimates import ClosedForm, LatentReward, Lookahead, Poste
 from difftilt.values.learned import Learned, ValueNetwork, fit_value, noised_loss, regression_loss
 from difftilt.values.process_reward import GradientGuide, Scorer, Strength, fit_process_reward
 from difftilt.values.protocol import Rows, Value
+from difftilt.values.recorded import States, fit_states, record_states, value_correlations
 from difftilt.values.spsa import spsa_gradient
 
 __all__ = [
@@ -26,12 +28,16 @@ __all__ = [
     "Rows",
     "SampledX0",
     "Scorer",
+    "States",
     "Strength",
     "Value",
     "ValueNetwork",
     "fit_process_reward",
+    "fit_states",
     "fit_value",
     "noised_loss",
+    "record_states",
     "regression_loss",
     "spsa_gradient",
+    "value_correlations",
 ]

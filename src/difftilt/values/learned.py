@@ -68,8 +68,9 @@ def regression_loss(
     """Loss of each row, whose minimiser over functions of the state is the named value (β the temperature).
 
     exponential: (exp((r - c)/β) - exp((f - c)/β))², minimised by the soft value (FK steering 3c; SVDD eq. for MC).
-    stationary: exp(d) - d - 1 with d = (r - f)/β, capped at 8 in the exponential: the same minimiser, as
-    E[exp((r - f)/β) | x_t] = 1, without the dominance of the largest rewards. mean: (r - f)², minimised by E[r | x_t].
+    stationary: exp(d) - d - 1 with d = (r - f)/β, the exponential continued by its tangent above 8: the same minimiser,
+    as E[exp((r - f)/β) | x_t] = 1, without the dominance of the largest rewards. (Capped instead, it would have no
+    slope there, and the term -d would push f away from the largest rewards.) mean: (r - f)², minimised by E[r | x_t].
 
     Args:
         value: f(x_t, t).
@@ -83,7 +84,8 @@ def regression_loss(
     if kind == "exponential":
         return (((reward - ceiling) / temperature).exp() - ((value - ceiling) / temperature).exp()) ** 2
     gap = (reward - value) / temperature
-    return gap.clamp(max=8.0).exp() - gap - 1
+    below = gap.clamp(max=8.0)
+    return below.exp() * (1 + gap - below) - gap - 1
 
 
 def fit_value(
@@ -119,22 +121,38 @@ def fit_value(
         unit: of the rewards, see :func:`noised_loss`.
         purpose: keeps the noise of this fit apart from that of others.
     """
+    index, ceiling = torch.arange(batch, device=x_0.device), float(reward.max())
+
+    def loss(update: int) -> Tensor:
+        rows = chosen(len(x_0), index, noise, f"{purpose} rows", update)
+        return noised_loss(
+            network, process, x_0[rows], reward[rows], take(condition, rows), index, noise,
+            temperature=temperature, kind=kind, ceiling=ceiling, unit=unit, purpose=purpose, step=update,
+        ).mean()  # fmt: skip
+
+    return descend(network, loss, updates, learning_rate)
+
+
+def chosen(
+    count: int, index: Int[Tensor, " batch"], noise: NoiseSource, purpose: str, update: int
+) -> Int[Tensor, " batch"]:
+    """A batch of rows of ``count``, drawn with replacement."""
+    return (noise.uniform(index, (), purpose=purpose, step=update) * count).long()
+
+
+def descend(network: nn.Module, loss: Callable[[int], Tensor], updates: int, learning_rate: float) -> list[float]:
+    """Adam with a cosine decay of the learning rate on ``loss(update)``, a scalar; returns its values."""
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(updates, 1))
-    index, ceiling = torch.arange(batch, device=x_0.device), float(reward.max())
     losses: list[float] = []
     for update in range(updates):
-        rows = (noise.uniform(index, (), purpose=f"{purpose} rows", step=update) * len(x_0)).long()
         with torch.enable_grad():
-            loss = noised_loss(
-                network, process, x_0[rows], reward[rows], take(condition, rows), index, noise,
-                temperature=temperature, kind=kind, ceiling=ceiling, unit=unit, purpose=purpose, step=update,
-            ).mean()  # fmt: skip
+            found = loss(update)
             optimizer.zero_grad()
-            loss.backward()
+            found.backward()
         optimizer.step()
         schedule.step()
-        losses.append(float(loss.detach()))
+        losses.append(float(found.detach()))
     return losses
 
 

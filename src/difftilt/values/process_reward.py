@@ -42,8 +42,8 @@ class Scorer:
     network: ValueFunction
     ledger: Ledger
 
-    def __call__(self, x_t: States, t: Rows, condition: Condition) -> Rows:
-        """The score of every state, without gradient.
+    def __call__(self, x_t: Shaped[Tensor, "batch *shape"], t: Rows, condition: Condition) -> Rows:
+        """The score of every state, tokens too, without gradient.
 
         Raises:
             RewardError: if it is not one finite number per state.
