@@ -1,6 +1,7 @@
 """Run the benchmarks and write their results: ``python -m benchmarks [NAME ...] [--repeats N]``.
 
-``signal`` and ``attribution``, which time nothing and take half an hour each, run only when they are named.
+``signal``, ``attribution`` and ``memory`` time nothing and run only when they are named; the first two take half an
+hour each.
 
 Always exits with 0: a machine that is slow, or busy, is no error. Whether a bound holds is printed and stored.
 """
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import attribution, signal
+from benchmarks import attribution, memory, signal
 from benchmarks.paired import Report, Subject, measure
 from benchmarks.sampling import (
     branch_saving,
@@ -24,7 +25,14 @@ from benchmarks.sampling import (
     tree_overhead,
 )
 from benchmarks.sets import leave_one_out, swaps
-from benchmarks.training import grpo_overhead, nft_overhead
+from benchmarks.training import (
+    crd_overhead,
+    dragon_overhead,
+    gdro_overhead,
+    grpo_overhead,
+    nft_overhead,
+    prdp_overhead,
+)
 from benchmarks.trees import dts_frontier, dts_overhead
 from benchmarks.workload import SIZES, Size
 
@@ -35,6 +43,10 @@ BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
     "completion": completion_overhead,
     "update_flow_grpo": grpo_overhead,
     "update_diffusion_nft": nft_overhead,
+    "update_crd": crd_overhead,
+    "update_gdro": gdro_overhead,
+    "update_prdp": prdp_overhead,
+    "update_dragon": dragon_overhead,
     "fk_steering": fk_overhead,
     "dts": dts_overhead,
     "dts_frontier": dts_frontier,
@@ -42,10 +54,14 @@ BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
     "sets_leave_one_out": leave_one_out,
     "sets_swaps": swaps,
 }
-GROUPS = {"sets": ("sets_leave_one_out", "sets_swaps")}
+GROUPS = {
+    "sets": ("sets_leave_one_out", "sets_swaps"),
+    "updates": tuple(name for name in BENCHMARKS if name.startswith("update_")),
+}
 """One name for several benchmarks."""
-STUDIES = ("signal", "attribution")
-"""No timing: how much of a policy gradient is signal, and how much of an advantage the doing of its own step."""
+STUDIES = ("signal", "attribution", "memory")
+"""No timing: how much of a policy gradient is signal, how much of an advantage the doing of its own step, and what an
+iteration keeps."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,6 +86,8 @@ def study(name: str, size: str, repeats: int, path: Path) -> None:
     console = Console(width=180)
     if name == "signal":
         console.print(signal.table(signal.run(signal.chosen(size), repeats, path)))
+    elif name == "memory":
+        console.print(memory.table(memory.run(size, path)))
     else:
         console.print(attribution.table(attribution.run(attribution.chosen(size), repeats, path)))
 
@@ -102,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         type=_known,
         metavar="NAME",
-        help=f"some of {', '.join(BENCHMARKS)}, all by default; or {' or '.join(STUDIES)}",
+        help=f"some of {', '.join(BENCHMARKS)}, all by default; or {', '.join(STUDIES)}",
     )
     parser.add_argument(
         "--repeats", type=_positive, default=15, help="pairs of floor and program, or gradients (default 15)"

@@ -65,6 +65,7 @@ def make_task(size: Size, network: nn.Module | None = None) -> Task:
         shape=size.latent,
         encode=lambda prompts: torch.tensor([int(prompt) for prompt in prompts]),
         decode=lambda latents: latents[:, :3].sigmoid(),
+        null_condition=lambda rows: torch.full((rows,), CLASSES),
     )
     prompts = [str(label) for label in range(CLASSES)]
     sampler = Sampler(uniform_grid(size.steps, shift=3.0), FlowSDE())

@@ -1,13 +1,19 @@
 """Experience: whatever is gathered, cut or joined, pointers still name the same samples and edges."""
 
+import weakref
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from difftilt.sampling.protocol import NoiseSource
 from difftilt.training.experience import Experience, join_experience
-from difftilt.trees import take
-from training_runs import make_experience
+from difftilt.training.protocol import Loss, Phase, Term
+from difftilt.trees import Pooled, leaves, take
+from training_runs import make_case, make_experience, make_loop, make_task
 
 
 def paired(samples: int = 6, steps: int = 2) -> Experience:
@@ -127,3 +133,105 @@ def test_rows_of_a_taken_record_are_the_same_rows() -> None:
     assert rows.index.tolist() == direct.index.tolist() == [2, 3]
     assert rows.pair is not None
     assert rows.pair.tolist() == [1, 0]
+
+
+def wide(steps: int, size: int) -> Experience:
+    """Six samples with ``size`` numbers in everything that can be large, and ``steps`` edges each."""
+    generator = torch.Generator().manual_seed(3)
+
+    def numbers() -> Tensor:
+        return torch.randn(6, size, generator=generator)
+
+    large = {"condition": {"text": numbers()}, "x_0": numbers(), "media": numbers(), "extras": {"image": numbers()}}
+    return replace(paired(6, steps), **large)
+
+
+def storages(trees: Iterable[Any]) -> dict[int, int]:
+    """Address and bytes of everything that the trees keep; of pools their stores and places, not their rows."""
+    tensors = list[Tensor]()
+    for tree in trees:
+        parts = tree.values() if isinstance(tree, dict) else [tree]
+        for part in parts:
+            tensors += [part.store, part.place] if isinstance(part, Pooled) else leaves(part)
+    return {held.untyped_storage().data_ptr(): held.untyped_storage().nbytes() for held in tensors}
+
+
+def own_bytes(record: Experience, of: Experience) -> int:
+    """Bytes of the fields per sample that ``record`` keeps beside what ``of`` keeps anyway."""
+    kept, known = ({**vars(one), "edges": None}.values() for one in (record, of))
+    return sum(size for address, size in storages(kept).items() if address not in storages(known))
+
+
+def test_the_rows_of_an_update_hold_no_copy_of_what_is_large() -> None:
+    added: dict[tuple[int, int], int] = {}
+    for steps in (1, 10):
+        for size in (2, 1000):
+            experience = wide(steps, size)
+            rows = experience.rows(torch.arange(6 * steps), share=True)
+            added[steps, size] = own_bytes(rows, experience)
+            copied = experience.rows(torch.arange(6 * steps))
+            # four fields of float32; this is what would be added
+            assert own_bytes(copied, experience) >= 6 * steps * 4 * 4 * size
+    # what a row adds does not depend on how large its sample is, and is a few columns and pointers of eight bytes
+    assert added[1, 2] == added[1, 1000]
+    assert added[10, 2] == added[10, 1000] <= 60 * 8 * 16
+
+
+def test_shared_rows_are_read_gathered_and_taken_again_like_copied_ones() -> None:
+    experience = wide(3, 5)
+    order = torch.tensor([11, 0, 7, 3, 17, 4])
+    copied, shared = experience.rows(order), experience.rows(order, share=True)
+    some = torch.tensor([4, 1, 2])
+    for one, other in (
+        (copied, shared),
+        (copied.rows(some), shared.rows(some)),
+        (copied.take(some), shared.take(some)),
+    ):
+        assert one.x_0 is not None
+        assert other.x_0 is not None
+        assert torch.equal(one.x_0, other.x_0)
+        assert [torch.equal(*both) for both in zip(leaves(vars(one)), leaves(vars(other)), strict=True)].count(
+            False
+        ) == 0
+    assert isinstance(vars(shared.changed(weight=None))["x_0"], Pooled)
+    assert not isinstance(vars(shared.rows(some))["x_0"], Pooled)
+    joined = join_experience([shared, shared])
+    assert joined.x_0 is not None
+    assert copied.x_0 is not None
+    assert torch.equal(joined.x_0, torch.cat([copied.x_0, copied.x_0]))
+
+
+def test_an_update_gathers_one_microbatch_at_a_time() -> None:
+    task = make_task()
+    loop = make_loop(make_case("diffusion-nft", task), task, forward_batch=4)
+    alive, most = list[weakref.ref[Tensor]](), list[int]()
+
+    def before(rows: Experience) -> Experience:
+        assert isinstance(vars(rows)["x_0"], Pooled)
+        return rows
+
+    def loss(rows: Experience, noise: NoiseSource) -> Loss:
+        assert rows.x_0 is not None
+        alive.append(weakref.ref(rows.x_0))
+        most.append(sum(one() is not None for one in alive))
+        weight = next(iter(loop.run.roles.parameters("current")))
+        return Loss({"any": Term(rows.x_0.sum(1) * weight.sum())})
+
+    loop.updater.run_phase(Phase("current", loss, before=before), wide(6, 2), loop.run.noise)
+    assert len(most) == 9
+    # the next one is gathered while the last one is still held
+    assert max(most) <= 2
+
+
+@pytest.mark.parametrize("case", ["flow-grpo", "diffusion-nft", "crd", "gdro", "prdp", "dragon"])
+def test_sharing_changes_no_bit_of_what_is_learned(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, found = Experience.rows, dict[bool, list[Tensor]]()
+    for share in (True, False):
+        if not share:
+            monkeypatch.setattr(Experience, "rows", lambda self, edge, share=False: rows(self, edge))
+        task = make_task()
+        loop = make_loop(make_case(case, task), task, optimizer={"lr": 1e-2})
+        loop.iterate(0)
+        loop.iterate(1)
+        found[share] = [parameter.detach() for parameter in loop.run.roles.parameters("current")]
+    assert all(torch.equal(*both) for both in zip(found[True], found[False], strict=True))

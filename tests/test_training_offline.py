@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import difftilt
 from command_line import CommandLine
 from difftilt.errors import RewardError, UserError
+from difftilt.models.fingerprint import fingerprint
 from difftilt.process.grid import uniform_grid
 from difftilt.recipes import load_recipe
 from difftilt.recipes.building import build_task
@@ -163,6 +164,23 @@ def test_a_reward_that_fails_loses_no_part(tmp_path: Path, monkeypatch: pytest.M
 def test_data_of_another_task_are_refused(testbed: dict[str, Any], message: str, made: Path) -> None:
     with pytest.raises(UserError, match=message):
         load_data(made, task(**testbed))
+
+
+def test_data_sets_of_the_version_before_are_read_and_refused_as_they_were(made: Path, tmp_path: Path) -> None:
+    for name in ("manifest.json", "data.safetensors"):
+        (tmp_path / name).write_bytes((made / name).read_bytes())
+    changed(tmp_path, lambda values: values.update(version=1, weights=fingerprint(task().model.network, None)))
+    load_data(tmp_path, task())
+    with pytest.raises(UserError, match="other weights"):
+        load_data(tmp_path, task(seed=1))
+    # no tensor of this model is large: only where fewer values are read do the two kinds of hash differ
+    with patch("difftilt.training.offline.READ", 3):
+        load_data(tmp_path, task())
+        changed(tmp_path, lambda values: values.update(version=2))
+        with pytest.raises(UserError, match="other weights"):
+            load_data(tmp_path, task())
+        changed(tmp_path, lambda values: values.update(weights=fingerprint(task().model.network, 3)))
+        load_data(tmp_path, task())
 
 
 def test_data_of_another_guidance_are_refused_and_the_seed_does_not_matter(made: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def tree_map(function: Callable[[Tensor], Tensor], tree: T) -> T:
     return cast(T, _map(function, tree))
 
 
-def _map(function: Callable[[Tensor], Tensor], tree: Any, pooled: Callable[[Pooled], Pooled] | None = None) -> Any:
+def _map(function: Callable[[Tensor], Any], tree: Any, pooled: Callable[[Pooled], Pooled] | None = None) -> Any:
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Pooled):
@@ -78,6 +78,19 @@ def take(tree: T, index: Tensor) -> T:
         return leaf[index.to(leaf.device)]
 
     return cast(T, _map(rows, tree, lambda leaf: Pooled(leaf.store, rows(leaf.place))))
+
+
+def pooled(tree: T) -> T:
+    """``tree`` with a pool of its own rows in place of every tensor that holds more than one number per row.
+
+    What :func:`take` gathers of it are places: however many rows are taken, the tensors are kept once.
+    """
+    return cast(T, _map(lambda leaf: Pooled.of(leaf) if leaf.ndim > 1 else leaf, tree, lambda pool: pool))
+
+
+def gathered(tree: T) -> T:
+    """``tree`` with the tensor of its rows in place of every pool."""
+    return tree_map(lambda leaf: leaf, tree)
 
 
 def leaves(tree: Any) -> list[Tensor]:

@@ -54,7 +54,7 @@ class Imitation(Dragon):
 
     def _loss(self, run: Run, rows: Experience, noise: NoiseSource) -> Loss:
         assert rows.label is not None
-        error = self._error(run, "current", rows, gradient=True)
+        error = self._error(run, "current", rows)
         return Loss({"imitation": Term(error * (rows.label > 0))})
 
 

@@ -5,7 +5,7 @@ padded forward shape; ``CopiedRoles`` keeps the weights apart by what they are f
 a ``CARD`` whose weights come from a generator of its own, and say in ``GenerativeModel`` what its output means.
 
 Traps: the network must treat rows independently (no batch norm), or the first ratio is not 1. It sees exactly
-``forward_batch`` rows at a time; multiples of 4 are bit-stable on CPU. State of one trajectory goes into the condition
+``forward_batch`` rows at a time; multiples of 32 are bit-stable on CPU. State of one trajectory goes into the condition
 as ``Stateful``, never onto the module. ``reference`` is the network as training began, not as it was downloaded.
 """
 

@@ -29,8 +29,9 @@ def in_chunks(
 
     The last chunk is filled up with detached copies of its first row, whose results are dropped, so the filling
     gets no gradient. At one shape a row's result does not depend on where the row stands. On CPU that holds bit for bit
-    at sizes that are multiples of 4 (all tried, up to 128, with 1 to 3 threads): at other sizes below 12 the matrix
-    kernels treat the last rows, or each thread's share, in another order of summation.
+    at sizes that are multiples of 32 (all tried, up to 128); an AMD EPYC did so at multiples of 4, an Intel Xeon with
+    AVX-512 did not. At other sizes the matrix kernels treat the last rows in another order of summation, and silu and
+    sigmoid the last values that do not fill a vector by another formula: differences in the last bit.
 
     Args:
         function: tree of rows to tree of rows.
@@ -74,7 +75,7 @@ class NetworkDenoiser:
         ledger: what every evaluation is counted in.
         guidance: 1 evaluates the conditional branch only, 0 the unconditional one only.
         null_condition: number of rows -> condition of the unconditional branch.
-        forward_batch: the network is only ever called with this many rows, best a multiple of 4 (:func:`in_chunks`);
+        forward_batch: the network is only ever called with this many rows, best a multiple of 32 (:func:`in_chunks`);
             None calls it with what comes.
     """
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from difftilt.config import dump
 from difftilt.errors import UserError
+from difftilt.models.fingerprint import fingerprint
 from difftilt.models.ledger import Ledger
 from difftilt.models.roles import CopiedRoles
 from difftilt.recipes.building import build_task
@@ -41,7 +42,6 @@ from difftilt.training.offline import (
     scored,
     scores_again,
     to_tensors,
-    weights_digest,
 )
 from difftilt.training.plain import draw
 from difftilt.training.protocol import Task
@@ -116,7 +116,7 @@ def _plan(recipe: Recipe, task: Task, groups: int, size: int) -> dict[str, Any]:
         "shape": list(task.model.shape),
         "groups": groups,
         "group_size": size,
-        "weights": weights_digest(task),
+        "weights": fingerprint(task.model.network),
         "grid": task.sampler.grid.tolist(),
         "guidance": task.sampler.guidance,
         "seed": _settings(recipe).seed,

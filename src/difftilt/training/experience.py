@@ -1,8 +1,8 @@
 """The one record from rollout to loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -11,7 +11,36 @@ from torch import Tensor
 from difftilt.process.protocol import Condition
 from difftilt.rewards.protocol import Scores
 from difftilt.sampling.protocol import Edges
-from difftilt.trees import Batched, join, take
+from difftilt.trees import Batched, gathered, join, pooled, take
+
+T = TypeVar("T")
+
+
+class Gathered:
+    """A field of a record that may be stored as pools (:class:`~difftilt.trees.Pooled`): it is read as their rows.
+
+    They are gathered anew at every reading.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, record: object, owner: type) -> Any:
+        return gathered(vars(record)[self.name])
+
+    def __set__(self, record: object, value: Any) -> None:
+        vars(record)[self.name] = value
+
+
+def gathering(*names: str) -> Callable[[type[T]], type[T]]:
+    """Decorates a dataclass some fields of which may be stored as pools."""
+
+    def decorate(record: type[T]) -> type[T]:
+        for name in names:
+            setattr(record, name, Gathered(name))
+        return record
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -31,6 +60,7 @@ class PromptBatch(Batched):
     condition: Condition
 
 
+@gathering("condition", "x_0", "media")
 @dataclass(frozen=True)
 class Experience:
     """The one record from rollout to loss: fields per sample, and ``edges`` with one row per term of a loss.
@@ -49,6 +79,11 @@ class Experience:
         media: decoded samples, kept only when asked for.
         value, terminated, truncated: environment steps only.
         extras: further trees per sample (tensors, conditions), indexed and saved with the rest.
+
+    A sample has many edges, so the rows of a whole update must not hold a copy of what is large: ``rows(edge,
+    share=True)`` leaves ``condition``, ``x_0``, ``media`` and the large trees of ``extras`` where they are, and keeps a
+    pointer for each row. Reading one of the first three gathers all rows anew; :meth:`rows` gathers the few that a
+    microbatch needs, :meth:`changed` leaves pointers alone, and a large tree of ``extras`` is a pool.
     """
 
     index: Int[Tensor, " samples"]
@@ -68,14 +103,19 @@ class Experience:
     truncated: Tensor | None = None
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
 
-    def rows(self, edge: Int[Tensor, " rows"]) -> "Experience":
+    def rows(self, edge: Int[Tensor, " rows"], *, share: bool = False) -> "Experience":
         """The given edges with per-sample fields repeated, so that row i of every field belongs to edge i.
 
         ``pair`` points to the row of the partner at the same step within the result, or is -1 if it is not there;
         ``edges.parent`` means nothing after this.
+
+        Args:
+            edge: rows of ``edges``.
+            share: point to what is large (more than a number per sample) in place of copying it.
         """
         edges = take(self.edges, edge)
-        fields = self._samples(edges.sample)
+        stored = self._stored()
+        fields = take(pooled(stored), edges.sample) if share else gathered(take(stored, edges.sample))
         if self.pair is not None:
             fields["pair"] = _partner_rows(edges, self.pair[edges.sample])
         rows = torch.arange(len(edge), device=edge.device)
@@ -92,14 +132,18 @@ class Experience:
             edge_place = torch.full_like(self.edges.sample, -1)
             edge_place[kept] = torch.arange(len(kept), device=kept.device)
             edges = replace(edges, parent=_follow(edge_place, edges.parent))
-        fields = self._samples(sample)
+        fields = take(self._stored(), sample)
         if self.pair is not None:
             fields["pair"] = _follow(place, self.pair[sample])
         return replace(self, **fields, edges=edges)
 
-    def _samples(self, index: Tensor) -> dict[str, Any]:
-        names = [name for name in self.__dataclass_fields__ if name != "edges"]
-        return {name: take(getattr(self, name), index) for name in names}
+    def changed(self, **changes: Any) -> Self:
+        """The record with some fields changed; unlike ``replace``, it gathers nothing that is shared."""
+        return replace(self, **(vars(self) | changes))
+
+    def _stored(self) -> dict[str, Any]:
+        """What is kept of every sample, pools as they are."""
+        return {name: stored for name, stored in vars(self).items() if name != "edges"}
 
 
 def scored_experience(batch: PromptBatch, x_0: Tensor, edges: Edges, scores: Scores | None) -> Experience:
@@ -144,5 +188,4 @@ def join_experience(parts: Sequence[Experience]) -> Experience:
         pair = None if part.pair is None else torch.where(part.pair >= 0, part.pair + samples, -1)
         shifted.append(replace(part, edges=moved, pair=pair))
         samples, edges = samples + len(part.index), edges + len(part.edges.step)
-    names = list(shifted[0].__dataclass_fields__)
-    return replace(shifted[0], **{name: join([getattr(part, name) for part in shifted]) for name in names})
+    return replace(shifted[0], **{name: join([vars(part)[name] for part in shifted]) for name in vars(shifted[0])})

@@ -160,7 +160,7 @@ class Gating:
         if self.config.kl_mean == "all":
             return rows
         extras = {**rows.edges.extras, KL_GATE: gate * self._rows_per_held}
-        return replace(rows, edges=replace(rows.edges, extras=extras))
+        return rows.changed(edges=replace(rows.edges, extras=extras))
 
     def told(self, loss: Loss, rows: Experience) -> Loss:
         """The loss with what the gate and the reference are doing among its diagnostics."""

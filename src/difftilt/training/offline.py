@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Int, Shaped
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import Tensor
 
 from difftilt.config import Config, parse
 from difftilt.errors import UserError
+from difftilt.models.fingerprint import READ, fingerprint
 from difftilt.models.ledger import Ledger
 from difftilt.process.protocol import Condition
 from difftilt.rewards.protocol import Reward, Samples
@@ -31,8 +32,10 @@ from difftilt.training.protocol import Run, Task
 from difftilt.trees import take
 
 DATA, MANIFEST = "data.safetensors", "manifest.json"
-VERSION = 1
-"""Of the two files; another one is refused."""
+VERSION = 2
+"""Of the two files that are written."""
+HASHED_WHOLE = 1
+"""The version before, whose ``weights`` is the SHA-256 of every value; it is read as well, any other is refused."""
 COMPONENTS = "components/"
 COLUMNS = ("index", "group", "prompt", "x_0", "rewards")
 
@@ -57,7 +60,7 @@ class Manifest(Config):
     equal_groups: int
     """Groups whose rewards are all equal: nothing can be learned from their order."""
     weights: str
-    """SHA-256 of the network that drew the samples."""
+    """Fingerprint of the network that drew the samples."""
     grid: tuple[float, ...]
     guidance: float
     seed: int
@@ -168,16 +171,6 @@ def _check_fit(data: Experience, task: Task) -> None:
         raise UserError(f"the data of {task.name!r} point to prompts outside its {len(task.prompts)}: number them anew")
 
 
-def weights_digest(task: Task) -> str:
-    """SHA-256 of every tensor of the task's network: the same model, the same digest."""
-    digest = hashlib.sha256()
-    network = task.model.network
-    for name, value in sorted(network.state_dict().items()) if isinstance(network, nn.Module) else ():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def load_data(directory: Path, task: Task, reward_section: Mapping[str, Any] | None = None) -> Experience:
     """The data set in a directory, if it is one of this task.
 
@@ -213,7 +206,7 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): collect the data again") from error
-    if not isinstance(values, dict) or values.get("version") != VERSION:  # pyright: ignore[reportUnknownMemberType]
+    if not isinstance(values, dict) or values.get("version") not in (HASHED_WHOLE, VERSION):  # pyright: ignore[reportUnknownMemberType]
         raise UserError(f"{path} is not of version {VERSION}: collect the data again")
     return parse(Manifest, values, str(path))  # pyright: ignore[reportUnknownArgumentType]
 
@@ -223,7 +216,7 @@ def _check_manifest(directory: Path, manifest: Manifest, task: Task, section: Ma
     found: list[str] = []
     if manifest.shape != tuple(task.model.shape):
         found.append(f"latents are of shape {manifest.shape}, the model's are {tuple(task.model.shape)}")
-    elif manifest.weights != weights_digest(task):
+    elif manifest.weights != fingerprint(task.model.network, None if manifest.version == HASHED_WHOLE else READ):
         found.append("the samples were drawn by a model with other weights")
     found += _drawn_otherwise(manifest, task.sampler)
     own = None if section is None else dict(section)

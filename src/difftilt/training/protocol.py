@@ -92,7 +92,8 @@ class Phase:
         epochs: passes over the experience in one iteration.
         select: experience -> edges that this phase trains on; None is all that are not masked.
         before: the rows of one whole update -> the same rows, changed: statistics of an update go here (with
-            ``run.jointly``), never into ``loss``, which sees a microbatch.
+            ``run.jointly``), never into ``loss``, which sees a microbatch. What is large is shared by these rows: see
+            :class:`~difftilt.training.experience.Experience`, and ``training.two_pass.in_pieces``.
         when: iteration -> whether the phase runs.
         stop: means of the metrics of the last update -> whether to end the phase early (a KL limit).
         part: experience -> number of the update, 0..updates - 1, that each edge belongs to, in place of a random split.
@@ -133,6 +134,11 @@ class Run(Protocol):
 
     @property
     def noise(self) -> NoiseSource: ...
+
+    @property
+    def forward_batch(self) -> int:
+        """Rows of every network call."""
+        ...
 
     def denoiser(self, role: str, guidance: float | None = None) -> Denoiser:
         """The model with the weights of ``role``; guidance None is the task's own scale."""

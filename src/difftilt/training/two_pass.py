@@ -30,17 +30,15 @@ Share = Callable[[Rows, Experience], Float[Tensor, ""]]
 mean divides by a number of the whole update (``run.gather``)."""
 
 
-def by_step(scalars: Scalars, rows: Experience) -> Rows:
-    """The scalars of all rows without gradient, float64, the rows of one step of the grid at a time, as in a rollout.
+def in_pieces(run: Run, scalars: Scalars, rows: Experience) -> Rows:
+    """The scalars of all rows without gradient, float64, as many rows at a time as fill a network call.
 
-    So no more than the states of one step are under way, however many steps there are.
+    So no more than their states and conditions are gathered at once, however many rows an update has. No rows, no call.
     """
-    found = torch.zeros(len(rows.edges.step), dtype=torch.float64, device=rows.edges.step.device)
+    pieces = torch.arange(len(rows.index), device=rows.index.device).split(run.forward_batch)
     with torch.no_grad():
-        for step in rows.edges.step.unique():
-            held = (rows.edges.step == step).nonzero()[:, 0]
-            found[held] = scalars(rows.rows(held)).double()
-    return found
+        found = [scalars(rows.rows(piece)).double() for piece in pieces if len(piece)]
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=rows.index.device)
 
 
 def with_slopes(run: Run, scalars: Scalars, share: Share, rows: Experience) -> Experience:
@@ -53,14 +51,14 @@ def with_slopes(run: Run, scalars: Scalars, share: Share, rows: Experience) -> E
         rows: of this process.
     """
     with torch.enable_grad():
-        scalar = by_step(scalars, rows).requires_grad_()
+        scalar = in_pieces(run, scalars, rows).requires_grad_()
         value = share(scalar, rows)
         (slope,) = torch.autograd.grad(value, scalar)
     count = len(run.gather(slope)[0])
     # the mean over the rows of all processes of this is the sum of their shares
     own = torch.full_like(slope, float(value.detach()) * count / max(len(slope), 1))
     extras = rows.edges.extras | {SLOPE: count * slope, SHARE: own}
-    return replace(rows, edges=replace(rows.edges, extras=extras))
+    return rows.changed(edges=replace(rows.edges, extras=extras))
 
 
 def carried(rows: Experience, scalar: Rows) -> Rows:

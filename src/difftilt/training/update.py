@@ -4,7 +4,7 @@ The gradient of an update is the sum over its rows on all processes divided by t
 microbatches, accumulation or the number of processes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +81,7 @@ class Updater:
                 total = sum(self.run.world.lengths(len(part)))
                 if total == 0:
                     continue
-                rows = experience.rows(part)
+                rows = experience.rows(part, share=True)
                 if phase.before is not None:
                     rows = phase.before(rows)
                 metrics = self._update(phase, rows, total, source)
@@ -237,20 +237,26 @@ def _trainable_edges(phase: Phase, experience: Experience) -> Int[Tensor, " edge
     return chosen if edges.mask is None else chosen[edges.mask[chosen]]
 
 
-def _microbatches(rows: Experience, phase: Phase, size: int) -> list[Experience]:
-    """Microbatches of at most ``size`` rows, or of one whole unit where that is larger.
+def _microbatches(rows: Experience, phase: Phase, size: int) -> Iterator[Experience]:
+    """Microbatches of at most ``size`` rows, or of one whole unit where that is larger, each gathered in its turn.
 
     Where the rows of a unit share one state, of at most ``size`` units.
     """
+    return (rows.rows(piece) for piece in _pieces(rows, phase, size))
+
+
+def _pieces(rows: Experience, phase: Phase, size: int) -> Sequence[Int[Tensor, " rows"]]:
+    """The rows of each microbatch."""
     count = len(rows.edges.step)
+    if count == 0:
+        return ()
     if (phase.micro or phase.unit) == "edge":
-        pieces = torch.arange(count, device=rows.index.device).split(size) if count else ()
-        return [rows.rows(piece) for piece in pieces]
+        return torch.arange(count, device=rows.index.device).split(size)
     unit = _unit(rows, phase)
     order = unit.argsort(stable=True)
     lengths: list[int] = torch.unique_consecutive(unit[order], return_counts=True)[1].tolist()
     packed = _joined(lengths, size) if phase.one_state else _pack(lengths, size)
-    return [rows.rows(piece) for piece in order.split(packed)] if count else []
+    return order.split(packed)
 
 
 def _unit(rows: Experience, phase: Phase) -> Int[Tensor, " rows"]:

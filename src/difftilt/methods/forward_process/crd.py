@@ -32,6 +32,7 @@ from difftilt.sampling.protocol import NoiseSource
 from difftilt.training.experience import Experience, scored_experience
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
 from difftilt.training.renoising import ForwardConfig, ForwardProcess, frozen, predicted, renoised, stratified_levels
+from difftilt.training.two_pass import in_pieces
 
 CARD = Card(
     name="crd",
@@ -168,6 +169,10 @@ class CRD(ForwardProcess[Config]):
             prediction, prediction if old is None else old, rows.x_0, normalised=self.config.self_normalised
         )
 
+    def _measured(self, run: Run, rows: Experience) -> Float[Tensor, " rows"]:
+        x_t = renoised(run.denoiser("current").process, rows, run.noise)
+        return self._implicit(predicted(run, "current", x_t, rows), self._old(run, x_t, rows), rows)
+
     def _baselines(self, implicit: Float[Tensor, " rows"], rows: Experience) -> Baselines:
         """Of the cells of these rows, or those that were found for the whole update."""
         if "baselines" in rows.extras:
@@ -181,14 +186,11 @@ class CRD(ForwardProcess[Config]):
     def _with_baselines(self, run: Run, rows: Experience) -> Experience:
         """The rows of an update with averages over all of them at one time, on all processes."""
         assert rows.label is not None
-        implicit = torch.zeros_like(rows.label)
-        if len(implicit) and not run.roles.same("old", "current"):
-            with torch.no_grad():
-                x_t = renoised(run.denoiser("current").process, rows, run.noise)
-                implicit = self._implicit(predicted(run, "current", x_t, rows), self._old(run, x_t, rows), rows)
+        same = run.roles.same("old", "current")
+        implicit = torch.zeros_like(rows.label) if same else in_pieces(run, partial(self._measured, run), rows)
         average = partial(cell_baselines, temperature=self.config.temperature)
         found = run.jointly(average, implicit, rows.label, rows.extras["advantage"], rows.edges.step)
-        return replace(rows, extras={**rows.extras, "baselines": found})
+        return rows.changed(extras={**rows.extras, "baselines": found})
 
     def _strength(self, label: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """Factor of the anchor of each row: m + a·(1 - m), m such that the weight is nowhere below 1e-4."""

@@ -29,7 +29,8 @@ from difftilt.rewards.protocol import Samples, Scores, SetReward
 from difftilt.sampling.protocol import Edges, NoiseSource
 from difftilt.training.experience import Experience, PromptBatch, scored_experience
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
-from difftilt.training.renoising import ForwardConfig, ForwardProcess, frozen, levels, predicted, renoised
+from difftilt.training.renoising import ForwardConfig, ForwardProcess, levels, predicted, renoised
+from difftilt.training.two_pass import in_pieces
 
 CARD = Card(
     name="dragon",
@@ -196,10 +197,11 @@ class Dragon(ForwardProcess[Config]):
             )
         ]
 
-    def _error(self, run: Run, role: str, rows: Experience, gradient: bool) -> Float[Tensor, " rows"]:
+    def _error(self, run: Run, role: str, rows: Experience) -> Float[Tensor, " rows"]:
+        """Of what ``role`` predicts, with gradient where gradients are on."""
         assert rows.x_0 is not None
         x_t = renoised(run.task.model.process, rows, run.noise, self._key(rows.index))
-        prediction = (predicted if gradient else frozen)(run, role, x_t, rows)
+        prediction = predicted(run, role, x_t, rows)
         return denoising_error(prediction, rows.x_0, space=self.config.space).double()
 
     def _frozen(self, run: Run, rows: Experience) -> Experience:
@@ -207,19 +209,14 @@ class Dragon(ForwardProcess[Config]):
 
         A process that holds no rows evaluates no network, yet takes part in the offset.
         """
-        reference = self._frozen_error(run, "reference", rows)
+        reference = in_pieces(run, partial(self._error, run, "reference"), rows)
         known = {REFERENCE: reference}
         if self.config.loss == "kto":
             same = run.roles.same("current", "reference")
-            gain = reference - (reference if same else self._frozen_error(run, "current", rows))
+            gain = reference - (reference if same else in_pieces(run, partial(self._error, run, "current"), rows))
             assert rows.label is not None
             known[OFFSET] = run.jointly(self._offset, gain, rows.label)
-        return replace(rows, extras=rows.extras | known)
-
-    def _frozen_error(self, run: Run, role: str, rows: Experience) -> Float[Tensor, " rows"]:
-        if not len(rows.index):
-            return torch.zeros(0, dtype=torch.float64, device=rows.index.device)
-        return self._error(run, role, rows, gradient=False)
+        return rows.changed(extras=rows.extras | known)
 
     def _offset(self, gain: Tensor, label: Tensor) -> Tensor:
         return kto_offset(gain, label, classes=self.config.offset == "classes").expand(len(gain))
@@ -227,7 +224,7 @@ class Dragon(ForwardProcess[Config]):
     def _loss(self, run: Run, rows: Experience, noise: NoiseSource) -> Loss:
         beta, label = self.config.beta, rows.label
         assert label is not None
-        gain = rows.extras[REFERENCE] - self._error(run, "current", rows, gradient=True)
+        gain = rows.extras[REFERENCE] - self._error(run, "current", rows)
         if self.config.loss == "dpo":
             assert rows.pair is not None
             value = gain_preference(gain, rows.pair, label, beta)

@@ -188,4 +188,4 @@ def per_group(run: Run, rows: Experience) -> Experience:
     def ratio(group: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         return torch.full((len(group),), len(group) / max(1, len(group.unique())), device=group.device)
 
-    return replace(rows, weight=run.jointly(ratio, rows.group))
+    return rows.changed(weight=run.jointly(ratio, rows.group))

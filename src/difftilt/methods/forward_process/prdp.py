@@ -36,7 +36,7 @@ from difftilt.training.config import GroupSampling
 from difftilt.training.experience import Experience, PromptBatch, scored_experience
 from difftilt.training.grids import grid_of
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
-from difftilt.training.two_pass import by_step, carried, with_slopes
+from difftilt.training.two_pass import carried, in_pieces, with_slopes
 from difftilt.trees import tree_map
 
 CARD = Card(
@@ -126,8 +126,8 @@ class PRDP(MethodBase):
         edges = experience.edges
         reference = edges.log_prob
         if not run.roles.same("current", "reference"):
-            rows = experience.rows(torch.arange(len(edges.step), device=edges.step.device))
-            reference = by_step(partial(self.log_prob, run, "reference"), rows)
+            rows = experience.rows(torch.arange(len(edges.step), device=edges.step.device), share=True)
+            reference = in_pieces(run, partial(self.log_prob, run, "reference"), rows)
         assert reference is not None
         return replace(experience, edges=replace(edges, extras={REFERENCE: reference}))
 

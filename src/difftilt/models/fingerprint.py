@@ -1,0 +1,42 @@
+"""Telling one set of weights from another without reading all of it."""
+
+import hashlib
+import math
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from difftilt.models.protocol import Network
+
+READ = 4096
+"""Values of every tensor that are read, at most."""
+
+
+def fingerprint(network: Network, read: int | None = READ) -> str:
+    """SHA-256 of name, type, shape and some values of every tensor of a network: one model, one fingerprint.
+
+    Tensors of up to ``read`` values are read whole, larger ones at ``read`` fixed places, so what it costs grows with
+    the number of tensors and not with their size. Another architecture, initialisation or checkpoint, and a merged
+    adapter, differ nearly everywhere. A change of a share f of one large tensor's values at random is overlooked with
+    probability (1 - f)^read: 1e-18 for one value in a hundred, 0.02 for one in a thousand, and the k-th power of it
+    where k tensors are changed alike. Weights that were changed by hand at a few places are not told from the original.
+
+    Args:
+        network: one without weights (a closed form) has the fingerprint of nothing.
+        read: None reads every value.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()) if isinstance(network, nn.Module) else ():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(_some(value.detach(), read).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _some(value: Tensor, read: int | None) -> Shaped[Tensor, " values"]:
+    """All values, or those at multiples of the golden ratio: evenly spread, and in step with no row or column."""
+    flat = value.reshape(-1)
+    if read is None or len(flat) <= read:
+        return flat
+    turn = (torch.arange(read, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2)).frac()
+    return flat[(turn * len(flat)).long().to(flat.device)]
