@@ -147,7 +147,7 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_sketches_of_the_architecture_are_python() -> None:
     sketches = blocks(ROOT / "docs" / "architecture.md", "python")
-    assert len(sketches) == 6
+    assert len(sketches) == 5
     for sketch in sketches:
         ast.parse(sketch)
         assert len(sketch.splitlines()) <= 24

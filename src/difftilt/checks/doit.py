@@ -93,7 +93,7 @@ def _bias(surrogate: str, draws: int) -> float:
 def reuse_factor() -> float:
     """1 + sigma_s²/(alpha_s²·std²) at the end s of the step."""
     task = gaussian_task()
-    process, s = task.model.process, task.sampler.grid[PLACE + 1]
+    process, s = task.model.process, task.sampler.grid[PLACE + 1].reshape(1)
     assert isinstance(process, GaussianProcess)
     return 1 + float(process.sigma(s) ** 2 / (process.alpha(s) * GAUSSIAN.std) ** 2)
 

@@ -118,8 +118,7 @@ class Unselective:
         self, chain: Chain, particles: Particles, rewards: Float[Tensor, " particles"]
     ) -> tuple[Float[Tensor, " particles"], Float[Tensor, " prompts"]]:
         """All on the best, or equal weights."""
-        weight, log_z = best_alone(chain, rewards)
-        return weight if self.best else torch.full_like(weight, 1 / chain.size), log_z
+        return best_alone(chain, rewards) if self.best else all_alike(chain, rewards)
 
 
 @dataclass(frozen=True)
@@ -256,6 +255,12 @@ def best_alone(chain: Chain, rewards: Float[Tensor, " particles"]) -> tuple[Tens
     weight = torch.zeros(len(rewards), dtype=torch.float64, device=rewards.device)
     weight[best_rows(chain, rewards)] = 1.0
     return weight, weight.new_full((len(chain.home),), torch.nan)
+
+
+def all_alike(chain: Chain, rewards: Float[Tensor, " particles"]) -> tuple[Tensor, Tensor]:
+    """Equal weights for those of each prompt whose reward is known; no log Z."""
+    known = chain.by_group((rewards > -torch.inf).double())
+    return (known / known.sum(-1, keepdim=True)).flatten(), known.new_full((len(chain.home),), torch.nan)
 
 
 def settle(chain: Chain, particles: Particles, kept: Int[Tensor, "groups kept"]) -> tuple[Chain, Particles]:

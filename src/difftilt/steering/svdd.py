@@ -20,7 +20,7 @@ from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.steering.learning import LearnsValue
-from difftilt.steering.loop import Selected, Visit, search, settle
+from difftilt.steering.loop import Selected, Visit, all_alike, search, settle
 from difftilt.steering.particles import Chain, bind, gather, start
 from difftilt.steering.protocol import Particles, Progress, Steered
 from difftilt.steering.resampling import effective_sample_size, multinomial
@@ -143,5 +143,4 @@ class SoftValue:
         self, chain: Chain, particles: Particles, rewards: Float[Tensor, " particles"]
     ) -> tuple[Float[Tensor, " particles"], Float[Tensor, " prompts"]]:
         """Equal weights; no estimate of Z."""
-        weight = chain.by_group(torch.where(rewards == -torch.inf, 0.0, 1.0).double())
-        return (weight / weight.sum(-1, keepdim=True)).flatten(), rewards.new_full((len(chain.home),), torch.nan)
+        return all_alike(chain, rewards)
