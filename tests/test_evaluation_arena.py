@@ -325,10 +325,8 @@ def test_budgets_that_cannot_be_met_are_one_error_before_any_work(tmp_path: Path
     text = str(caught.value)
     assert not output.exists()
     for line in (
-        "member 'best': arena.evaluations = 40 is too little for two particles for each of 8 samples: "
-        f"give at least {2 * SAMPLES * STEPS}",
-        "member 'best': arena.reward_calls = 7 is too little for two particles for each of 8 samples: give at least 16",
-        "member 'fk': arena.reward_calls = 7 is too little for two particles for each of 8 samples: give at least 32",
+        "member 'best': arena.reward_calls = 7 is too little for particles = 1 for each of 8 samples: give at least 8",
+        "member 'fk': arena.reward_calls = 7 is too little for particles = 1 for each of 8 samples: give at least 16",
         "member 'grpo': arena.evaluations = 40 is too little for one iteration of training and the samples: "
         f"give at least {32 + 8 * STEPS + 3 * 8}",
         "member 'nft': arena.reward_calls = 7",

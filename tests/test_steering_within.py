@@ -25,7 +25,7 @@ from difftilt.steering.budget import Budget, Meter
 from difftilt.steering.fk_steering import FKSteering, FKSteeringConfig
 from difftilt.steering.protocol import Steered
 from difftilt.steering.svdd import SVDD, SVDDConfig
-from difftilt.steering.within import largest, merged, price_of, steer_within, with_particles
+from difftilt.steering.within import largest, merged, price_of, scaled, steer_within
 from difftilt.testbeds.digits import Digits
 from difftilt.training.protocol import Task
 
@@ -63,7 +63,7 @@ def test_a_price_is_what_the_ledger_counts(truth: Any, steerer: Any) -> None:
     task: Task = truth().task
     model = denoiser(task.model)
     steered = steerer.steer(task, model, task.reward, [""] * 2, Noise(0))
-    assert steered.ledger == price_of(steerer, task, model) * 2
+    assert steered.ledger == price_of(steerer, task, model, task.reward) * 2
 
 
 def test_a_guided_evaluation_costs_two() -> None:
@@ -71,7 +71,7 @@ def test_a_guided_evaluation_costs_two() -> None:
     task = replace(task, sampler=replace(task.sampler, guidance=2.0))
     model, steerer = denoiser(task.model, guidance=2.0), BestOfN(BestOfNConfig(particles=2))
     steered = steerer.steer(task, model, task.reward, [task.heldout_prompts[0]], Noise(0))
-    assert steered.ledger == price_of(steerer, task, model)
+    assert steered.ledger == price_of(steerer, task, model, task.reward)
     assert steered.ledger.nfe == 2 * 2 * (len(task.sampler.grid) - 1)
 
 
@@ -130,7 +130,7 @@ def steered_of(weight: Tensor, log_z: float) -> Steered:
 def test_too_little_is_refused_before_any_work() -> None:
     task = ring_truth().task
     model = denoiser(task.model)
-    with pytest.raises(UserError, match=r"one particle can cost 16 network evaluations and 1 reward calls"):
+    with pytest.raises(UserError, match=r"particles = 1 can cost 16 network evaluations and 1 reward calls"):
         steer_within(BestOfN(BestOfNConfig()), task, model, task.reward, [""], Noise(0), budget=Budget(nfe=15))
     with pytest.raises(UserError, match="these settings can cost 64 network"):
         steer_within(
@@ -217,10 +217,10 @@ def test_one_without_price_or_rounds_takes_no_budget() -> None:
     assert len(within(Unpriced(), ring_truth().task, 1, Budget()).x_0) == 2
 
 
-def test_another_number_of_particles_keeps_a_value_of_ones_own() -> None:
+def test_another_number_of_children_keeps_a_value_of_ones_own() -> None:
     value = torch.nn.Identity()
-    assert with_particles(SVDD(SVDDConfig(), value=value), 7).config.particles == 7  # type: ignore[attr-defined]
-    assert with_particles(SVDD(SVDDConfig(), value=value), 7).value is value  # type: ignore[attr-defined]
+    assert scaled(SVDD(SVDDConfig(), value=value), 7).config.children == 7  # type: ignore[attr-defined]
+    assert scaled(SVDD(SVDDConfig(), value=value), 7).value is value  # type: ignore[attr-defined]
 
 
 def left(samples: Samples) -> Tensor:
@@ -266,7 +266,7 @@ def test_missing_scores_by_setting() -> None:
         ({"method": "svd"}, "svdd"),
         ({"childern": 3}, "childern"),
         ({"temperature": -1.0, "seed": -1}, "temperature"),
-        ({"budget": {"nfe": 10}, "method": "best-of-n"}, "one particle can cost 50 network evaluations"),
+        ({"budget": {"nfe": 10}, "method": "best-of-n"}, "particles = 1 can cost 50 network evaluations"),
         ({"budget": {"hours": 1}}, "hours"),
         ({"method": BestOfN(BestOfNConfig()), "particles": 3}, "belong into it"),
         ({"overrides": ["steerer.particles=2"]}, "by keyword"),

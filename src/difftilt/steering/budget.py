@@ -85,7 +85,7 @@ class Meter:
 
 def price(denoise: Denoiser, reward: Reward, evaluations: int, samples: int) -> Ledger:
     """What so many rows evaluated and so many samples scored are counted as: guidance and sums of rewards cost more."""
-    return Ledger(nfe=evaluations * branches(denoise), reward_calls=samples * _parts(reward))
+    return Ledger(nfe=evaluations * branches(denoise), reward_calls=samples * parts_of(reward))
 
 
 def spend(
@@ -134,8 +134,9 @@ def branches(denoise: Denoiser) -> int:
     return 2 if isinstance(denoise, NetworkDenoiser) and denoise.guidance not in (0, 1) else 1
 
 
-def _parts(reward: Reward) -> int:
-    return sum(map(_parts, reward.rewards.values())) if isinstance(reward, WeightedSum) else 1
+def parts_of(reward: Reward) -> int:
+    """Reward calls that one sample counts."""
+    return sum(map(parts_of, reward.rewards.values())) if isinstance(reward, WeightedSum) else 1
 
 
 @contextmanager

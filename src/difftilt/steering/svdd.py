@@ -8,6 +8,7 @@ always does. SVDD-R also resamples the batch by exp(v/β) after every step, a se
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +40,8 @@ CARD = Card(
 
 class SVDDConfig(Valued):
     """Settings of soft value-based decoding."""
+
+    SCALED_BY: ClassVar[str] = "children"
 
     particles: int = Field(default=1, ge=1)
     """Samples per prompt; they do not know of one another, but for ``resample_batch``."""

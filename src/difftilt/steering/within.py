@@ -1,7 +1,7 @@
 """One call within a budget, whatever the steerer.
 
 A steerer that can end after any round is given the budget. Of the others the price of a call is known beforehand: it is
-brought to the budget by its number of particles, or repeated with new noise where that number was chosen.
+brought to the budget by its number of particles or children, or repeated with new noise where that was chosen.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.noise import Apart
 from difftilt.sampling.protocol import NoiseSource
-from difftilt.steering.budget import Budget, Meter, branches, metered
+from difftilt.steering.budget import Budget, Meter, branches, metered, parts_of
 from difftilt.steering.protocol import Anytime, Progress, Steered, Steerer
 from difftilt.training.protocol import Task
 
@@ -106,8 +106,8 @@ class _Call:
 
 def _rounds(call: _Call, steerer: Priced, meter: Meter) -> Steered:
     """Rounds with noise of their own for as long as the next one fits."""
-    sized = fitted_to(steerer, call.task, call.denoise, meter.budget)
-    price = price_of(sized, call.task, call.denoise) * meter.prompts
+    sized = fitted_to(steerer, call.task, call.denoise, call.reward, meter.budget)
+    price = price_of(sized, call.task, call.denoise, call.reward) * meter.prompts
     parts: list[Steered] = []
     counted = meter.budget.nfe is not None or meter.budget.reward_calls is not None
     alone = counted and meter.budget.seconds is None and sized is not steerer
@@ -116,41 +116,50 @@ def _rounds(call: _Call, steerer: Priced, meter: Meter) -> Steered:
     return replace(merged(parts), ledger=meter.spent, complete=not meter.interrupted)
 
 
-def price_of(steerer: Priced, task: Task, denoise: Denoiser) -> Ledger:
-    """What one prompt costs with this task's grid and guidance, at most."""
-    price, each = steerer.price(len(task.sampler.grid) - 1), branches(denoise)
-    return replace(price, nfe=each * price.nfe, gradient_passes=each * price.gradient_passes)
+def scaled_by(config: Config | type[Config]) -> str | None:
+    """The setting that a budget decides: what the class names as ``SCALED_BY``, or ``particles``; None if neither."""
+    kind = config if isinstance(config, type) else type(config)
+    name = str(getattr(kind, "SCALED_BY", "particles"))
+    return name if name in kind.model_fields else None
 
 
-def fitted_to(steerer: Priced, task: Task, denoise: Denoiser, budget: Budget) -> Priced:
-    """The steerer with the largest number of particles whose price fits, or itself where the number was chosen.
+def price_of(steerer: Priced, task: Task, denoise: Denoiser, reward: Reward) -> Ledger:
+    """What one prompt costs with this task's grid and guidance and this reward, at most."""
+    own, factor = steerer.price(len(task.sampler.grid) - 1), branches(denoise)
+    calls = own.reward_calls * parts_of(reward)
+    return replace(own, nfe=factor * own.nfe, gradient_passes=factor * own.gradient_passes, reward_calls=calls)
+
+
+def fitted_to(steerer: Priced, task: Task, denoise: Denoiser, reward: Reward, budget: Budget) -> Priced:
+    """The steerer with the largest number of particles (or children) whose price fits, or itself if that was chosen.
 
     Raises:
-        UserError: if not even one particle fits, or the chosen number does not; names the least.
+        UserError: if not even one fits, or the chosen number does not; names the least.
     """
+    name = scaled_by(steerer.config)
 
     def fits(one: Priced) -> bool:
-        price = price_of(one, task, denoise)
+        price = price_of(one, task, denoise, reward)
         nfe, calls = budget.nfe, budget.reward_calls
         return (nfe is None or price.nfe <= nfe) and (calls is None or price.reward_calls <= calls)
 
-    free = "particles" in type(steerer.config).model_fields and "particles" not in steerer.config.model_fields_set
-    least = with_particles(steerer, 1) if free else steerer
+    free = name is not None and name not in steerer.config.model_fields_set
+    least = scaled(steerer, 1) if free else steerer
     if not fits(least):
-        price = price_of(least, task, denoise)
+        price = price_of(least, task, denoise, reward)
         raise UserError(
             f"the budget (nfe {budget.nfe}, reward_calls {budget.reward_calls} for each prompt) is too little: "
-            f"{'one particle' if free else 'these settings'} can cost {price.nfe} network evaluations and "
+            f"{f'{name} = 1' if free else 'these settings'} can cost {price.nfe} network evaluations and "
             f"{price.reward_calls} reward calls for each prompt"
         )
     if not free or (budget.nfe is None and budget.reward_calls is None):
         return steerer
-    return with_particles(steerer, largest(lambda count: fits(with_particles(steerer, count))))
+    return scaled(steerer, largest(lambda count: fits(scaled(steerer, count))))
 
 
-def with_particles(steerer: Priced, count: int) -> Priced:
-    """The same settings with another number of particles."""
-    config = steerer.config.model_copy(update={"particles": count})
+def scaled(steerer: Priced, count: int) -> Priced:
+    """The same settings with another number of particles, or of what else a budget decides."""
+    config = steerer.config.model_copy(update={scaled_by(steerer.config) or "": count})
     made = cast(Any, type(steerer))(config)
     kept = {name: value for name, value in vars(steerer).items() if name != "config"}
     vars(made).update(kept)

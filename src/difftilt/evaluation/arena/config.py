@@ -15,7 +15,7 @@ from difftilt.leaves import load, nearest
 from difftilt.recipes.loading import read
 from difftilt.recipes.parts import Part, read_part
 from difftilt.recipes.schema import Recipe, RewardWeights, SteeringConfig
-from difftilt.steering.within import is_anytime
+from difftilt.steering.within import is_anytime, scaled_by
 from difftilt.training.config import Device, OptimizerConfig, TrainingConfig
 
 SECTIONS = ("testbed", "reward", "arena", "members")
@@ -92,7 +92,7 @@ class Member:
     Attributes:
         name: free text.
         method: of a trained member; ``training`` belongs to it.
-        steerer: of a steered member; its ``particles`` follow from the budgets.
+        steerer: of a steered member; its number of particles (or children) follows from the budgets.
         training: settings of the loop.
         base: how the base is sampled.
     """
@@ -115,7 +115,7 @@ class Member:
             return {"method": self.method.resolved(), "training": dump(self.training)}
         if self.steerer is not None:
             values = self.steerer.resolved()
-            return {"steerer": {key: value for key, value in values.items() if key != "particles"}}
+            return {"steerer": {key: value for key, value in values.items() if key != scaled_by(self.steerer.config)}}
         return dump(self.base)
 
 
@@ -246,13 +246,16 @@ def _member(name: object, data: object, problems: Problems) -> Member | None:
 
 
 def _steerer(where: str, data: object, problems: Problems) -> Part | None:
-    if isinstance(data, Mapping) and "particles" in data:
-        problems.add(f"{where}.particles: follow from the budgets of the arena; leave them out")
-        data = {key: value for key, value in cast(Mapping[str, Any], data).items() if key != "particles"}
     part = read_part("steerers", where, data, problems)
-    if part is None or "particles" in type(part.config).model_fields or is_anytime(load(part.kind, part.name)):
+    if part is None or is_anytime(load(part.kind, part.name)):
         return part
-    problems.add(f"{where}: {part.name} has no field 'particles' and no rounds, so it cannot be brought to a budget")
+    name = scaled_by(part.config)
+    if name is None:
+        problems.add(
+            f"{where}: {part.name} has no field 'particles' and no rounds, so it cannot be brought to a budget"
+        )
+    elif isinstance(data, Mapping) and name in data:
+        problems.add(f"{where}.{name}: follow from the budgets of the arena; leave them out")
     return part
 
 

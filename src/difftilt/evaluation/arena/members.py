@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from difftilt.errors import GuardError
+from difftilt.errors import GuardError, UserError
 from difftilt.evaluation.arena.config import Member
 from difftilt.evaluation.arena.cost import CURRENCIES, WORDS, Currency, now, spent
 from difftilt.evaluation.arena.records import MemberRun, Reading, finite, within
@@ -17,11 +17,12 @@ from difftilt.evaluation.arena.stage import Stage, noise_of, search_bound
 from difftilt.leaves import load
 from difftilt.models.denoiser import denoiser
 from difftilt.models.ledger import Ledger
+from difftilt.recipes.parts import Part
 from difftilt.rewards import as_reward
 from difftilt.sampling.protocol import Sampler
-from difftilt.steering.budget import Budget
+from difftilt.steering.budget import Budget, price
 from difftilt.steering.protocol import Steered, Steerer
-from difftilt.steering.within import is_anytime, steer_within
+from difftilt.steering.within import Priced, is_anytime, largest, price_of, scaled_by, steer_within
 from difftilt.training.loop import Loop
 from difftilt.training.measure import heldout_batch, measure, numbers_of
 from difftilt.training.protocol import Task
@@ -58,11 +59,6 @@ class Plan:
     least: int
     what: str
 
-    def units(self, currency: Currency, budget: int) -> int:
-        """The largest number of units within a budget; 0 for a member that has none."""
-        price = spent(self.unit, currency)
-        return (budget - spent(self.fixed, currency)) // price if price else 0
-
     def problem(self, currency: Currency, budget: int) -> str | None:
         """What is wrong with a budget: the member, the budget and the least that would do; None if nothing."""
         if self.least and not spent(self.unit, currency):
@@ -77,16 +73,10 @@ class Plan:
 def plan_of(stage: Stage, member: Member) -> Plan:
     """Find out by the smallest trial what a unit costs, with the first seed."""
     seed = stage.arena.config.seeds[0]
-    if in_rounds(member):
-        guided = stage.task(member).sampler.guidance not in (0, 1)
-        steps, count = len(stage.task(member).sampler.grid) - 1, stage.arena.config.samples
-        one = Ledger(nfe=steps * (2 if guided else 1), reward_calls=1) * count
-        return Plan(Ledger(), one, 1, f"one rollout for each of {count} samples")
     if member.steerer is not None:
-        _, trial = steer_all(stage, stage.task(member), member, 2, seed, samples=1)
         count = stage.arena.config.samples
-        one = Ledger(*(-(-getattr(trial, name) // 2) for name in _FIELDS))
-        return Plan(Ledger(), one * count, 2, f"two particles for each of {count} samples")
+        what = "one rollout" if in_rounds(member) else f"{scaled_by(member.steerer.config)} = 1"
+        return Plan(Ledger(), _price(stage, member, 1) * count, 1, f"{what} for each of {count} samples")
     if member.method is not None:
         loop = stage.loop(member, seed)
         fixed = stage.sampling(loop.run, loop.method.evaluated_role, loop.method.sampler(loop.run.task)).cost
@@ -167,12 +157,30 @@ def _smaller(stage: Stage, member: Member, plan: Plan) -> list[Amount]:
     return found
 
 
+def _price(stage: Stage, member: Member, amount: int) -> Ledger:
+    """What a steerer costs for one sample, at most; of one that works in rounds, a plain rollout."""
+    assert member.steerer is not None
+    task = stage.task(member)
+    model = denoiser(task.model, guidance=task.sampler.guidance)
+    if in_rounds(member):
+        return price(model, as_reward(task.reward), len(task.sampler.grid) - 1, 1)
+    steerer = _sized(member.steerer, amount).build(task)
+    if not isinstance(steerer, Priced):
+        raise UserError(f"{member.algorithm} does not say what it costs (price), so no budget can be kept")
+    return price_of(steerer, task, model, as_reward(task.reward))
+
+
+def _sized(part: Part, amount: int) -> Part:
+    """A steerer with another number of particles, or of what else a budget decides."""
+    return replace(part, config=type(part.config)(**(part.config.model_dump() | {str(scaled_by(part.config)): amount})))
+
+
 def _amount(stage: Stage, member: Member, plan: Plan, currency: Currency, budget: int | None = None) -> Amount:
     """What of a budget, by default the arena's, a steerer may use for each sample."""
-    budget = stage.arena.config.budget(currency) if budget is None else budget
+    budget, count = stage.arena.config.budget(currency) if budget is None else budget, stage.arena.config.samples
     if not in_rounds(member):
-        return plan.units(currency, budget)
-    each = budget // stage.arena.config.samples
+        return largest(lambda amount: spent(_price(stage, member, amount) * count, currency) <= budget)
+    each = budget // count
     return Budget(nfe=each) if currency == "evaluations" else Budget(reward_calls=each)
 
 
@@ -190,7 +198,9 @@ def steered_reading(stage: Stage, member: Member, amount: Amount, seed: int, tel
     particles = amount if isinstance(amount, int) else None
     if particles is not None and member.algorithm == "best-of-n":
         numbers["kl_bound"] = search_bound(particles)
-    return Reading(numbers=numbers, cost=cost, seconds=seconds, particles=particles)
+    word = scaled_by(member.steerer.config)
+    unit = word if particles is not None and word != "particles" else None
+    return Reading(numbers=numbers, cost=cost, seconds=seconds, particles=particles, unit=unit)
 
 
 def steer_all(
@@ -210,10 +220,8 @@ def steer_all(
     assert member.steerer is not None
     part, config = member.steerer, stage.arena.config
     budget = amount if isinstance(amount, Budget) else None
-    sized = {} if isinstance(amount, Budget) else {"particles": amount}
     at_once = PROMPTS_AT_ONCE if isinstance(amount, Budget) else max(1, PARTICLES_AT_ONCE // amount)
-    chosen = replace(part, config=type(part.config)(**(part.config.model_dump() | sized)))
-    steerer = cast(Steerer, chosen.build(task))
+    steerer = cast(Steerer, (part if isinstance(amount, Budget) else _sized(part, amount)).build(task))
     run = stage.run(task, seed)
     prompts = [task.heldout_prompts[int(place)] for place in heldout_batch(run, config.samples).prompt[:samples]]
     model = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=config.forward_batch)

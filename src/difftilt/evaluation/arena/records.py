@@ -28,7 +28,9 @@ class Reading(Config):
     iterations: int | None = None
     """Of training."""
     particles: int | None = None
-    """Of steering, per sample."""
+    """Of steering, per sample, or what else its amount is counted in."""
+    unit: str | None = None
+    """What ``particles`` counts where it is not particles: ``children``."""
 
 
 class MemberRun(Config):

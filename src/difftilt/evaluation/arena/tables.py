@@ -236,7 +236,7 @@ def _setting(readings: Sequence[Reading]) -> str:
         counts = [count for one in readings if (count := getattr(one, word)) is not None]
         if counts:
             span = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-            return f"{span} {word}"
+            return f"{span} {readings[0].unit or word}"
     return "untrained" if not any(one.cost.reward_calls for one in readings) else "rounds"
 
 
