@@ -78,7 +78,8 @@ settings of the recipe `demo`, flow-grpo those of `arena/policy_gradient` in a f
 had at most two trials (crd, with seed 9 and validation prompts; the smaller rate was better) or none (gdro, prdp,
 dragon), so what they gain is no verdict on the methods. The standard error of an accuracy over 200 samples is 0.035;
 members share prompts and noise within a seed. The runs of different members and seeds were made side by side and put
-together; seconds are of the processor.
+together, those of diffusion-nft and flow-grpo with a larger budget of reward calls and read within this one; seconds
+are of the processor.
 
 diffusion-nft, crd and gdro gain with every seed, the first most and at the smallest drift; gdro with less than half
 of the samples. prdp is read by its own stochastic chain, which is at 0.550, 0.640 and 0.550 (seeds 0, 1, 2) before
@@ -92,9 +93,9 @@ There the sliding window is first read at 0.62 after 144 656, 134 720 and 134 67
 iterations: 3.3, 4.1 and 4.1 times as many, 3.8 ± 0.4. On all steps it is not reached, 204 032 and not reached: more
 than 4.9, 6.2 and more than 6.6 times. An evaluation takes both nearly the same time (0.62 and 0.65 ms), so in seconds
 these factors are 5 % larger. BranchGRPO and B²-DiffuRL, policy gradients too, need 2.2 and 2.3 times as many (two
-seeds of three) and 2.5, 2.0 and 0.7. So the factor here is 2 to 7, not 25, and grows with the dimension: of the
-square of diffusion-nft's gradient 15 % is [signal](methods/flow-grpo.md#how-fast-it-learns-and-why), of flow-grpo's
-0.3 ± 0.6 %. That the cost does not differ as much has two reasons that can be counted: a sample is no cheaper (28
+seeds of three) and 2.5, 2.0 and 0.7. So the factor here is 2 to 7, not 25, and larger than on digits: of the square
+of diffusion-nft's gradient 15 % is [signal](methods/flow-grpo.md#how-fast-it-learns-and-why), of flow-grpo's 0.3 ±
+0.6 %. That the cost does not differ as much has two reasons that can be counted: a sample is no cheaper (28
 evaluations against 23), and the steps of diffusion-nft are held short by its KL, without which it drifts.""",
     "forward_process_digits": """The reward is the probability of the prompted digit under a classifier, `heldout_digit`
 that under another. Settings were chosen by one rule on the same prompts with seed 9, which is not among the seeds: the
