@@ -588,6 +588,9 @@ def test_costs_until_a_target_are_divided_seed_by_seed_and_what_is_never_reached
     cells = table(0.45, "grpo")
     assert [cells[f"evaluations, seed {seed}"] for seed in (0, 1)] == ["0.33", "not reached"]
     assert table(9.0, "nft")["seconds, mean"] == "not reached"
+    # what the untrained model has already costs no learning
+    cells = table(0.05, "nft")
+    assert [cells[f"evaluations, seed {seed}"] for seed in (0, 1)] == ["untrained", "untrained"]
 
 
 @pytest.mark.parametrize(

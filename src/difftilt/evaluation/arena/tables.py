@@ -151,7 +151,7 @@ PAID: Mapping[str, Callable[[Reading], float]] = {
     "seconds": lambda one: one.seconds,
 }
 """What a ratio of costs is of."""
-NOT_REACHED = "not reached"
+NOT_REACHED, UNTRAINED = "not reached", "untrained"
 
 
 def _ratios(result: ArenaResult, target: float, against: str) -> Grid:
@@ -175,16 +175,19 @@ def _quotients(pairs: Sequence[tuple[Reading | None, Reading | None]], paid: Cal
     known = {
         place: paid(one) / paid(other)
         for place, (one, other) in enumerate(pairs)
-        if one is not None and other is not None
+        if one is not None and other is not None and one.iterations and other.iterations
     }
-    cells = [f"{known[place]:.2g}" if place in known else NOT_REACHED for place in range(len(pairs))]
-    return [*cells, _spread(list(known.values()), len(pairs))]
+    cells = [f"{known[place]:.2g}" if place in known else _why_none(*pair) for place, pair in enumerate(pairs)]
+    return [*cells, _spread(list(known.values()), len(pairs)) if known else cells[0] if len({*cells}) == 1 else ""]
+
+
+def _why_none(*pair: Reading | None) -> str:
+    """Why there is no ratio: one of the two never got there, or was there before it was trained."""
+    return NOT_REACHED if None in pair else UNTRAINED
 
 
 def _spread(values: Sequence[float], seeds: int) -> str:
     """Mean ± standard deviation, and of how many seeds where not of all."""
-    if not values:
-        return NOT_REACHED
     mean = f"{statistics.fmean(values):.2g}" + (f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else "")
     return mean if len(values) == seeds else f"{mean} ({len(values)} of {seeds} seeds)"
 
