@@ -40,7 +40,7 @@ def test_importing_the_package_and_listing_leaves_loads_no_torch() -> None:
 def test_unknown_names_offer_the_nearest() -> None:
     with pytest.raises(UserError, match=r"no steerer 'best-of-m'; did you mean best-of-n\?"):
         leaves.load("steerers", "best-of-m")
-    with pytest.raises(UserError, match="known: best-of-n, fk-steering"):
+    with pytest.raises(UserError, match="known: best-of-n, .*fk-steering"):
         leaves.find("steerers", "zzzz")
     with pytest.raises(UserError, match="did you mean methods"):
         leaves.cards("method")
