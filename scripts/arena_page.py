@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from difftilt.evaluation.arena.cost import GRADIENT_PASS
+from difftilt.evaluation.arena.crossover import crossovers, save_crossover_picture
 from difftilt.evaluation.arena.picture import save_arena_picture
 from difftilt.evaluation.arena.records import ArenaResult, read_json
 from difftilt.evaluation.arena.tables import escaped, grids, markdown_tables
@@ -57,6 +58,11 @@ either: the row `base` is the floor. `seconds` are wall clock until the samples 
 with `clock: processor`, as it then stands above the tables, other work does not lengthen them. Where an arena has a
 `target`, a table says what every member spends until the watched number is first read at or above it, and with
 `against` how many times the cost of one member that is, seed by seed; a run that never gets there has no such number.
+Where the testbed knows the tilted law, `to_target` is the distance of the samples to it in the testbed's own measure
+(energy distance for mixtures, total variation for sequences), which finite sets keep above 0. Where steered members are
+read at several costs, a table and a picture say from how many samples on training to a reward is cheaper than steering
+to it: N = T/(s - p), with T the cost of the training, s that of steering one sample to the same mean reward, and p that
+of sampling one plainly.
 Trained members and the base are sampled by the task's solver, steerers by its stochastic kernel, which a row of its own
 shows without steering. [metrics.md](metrics.md) defines the rest.
 
@@ -172,8 +178,10 @@ def section(name: str, result: ArenaResult) -> str:
         f"Measured with {versions}; threads: {result.threads}.",
         NOTES.get(name, ""),
         f"![Reward against drift, and a held-out number over cost: {escaped(name)}](arena/{name}.png)",
+        *([f"![Samples from which training is cheaper: {escaped(name)}](arena/{name}_crossover.png)"]
+          if crossovers(result) else []),
         markdown_tables(result),
-    ]
+    ]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
 
 
@@ -213,6 +221,8 @@ def main() -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
     for name, result in found.items():
         save_arena_picture(result, PICTURES / f"{name}.png")
+        if crossovers(result):
+            save_crossover_picture(result, PICTURES / f"{name}_crossover.png")
     PAGE.write_text(page(found), encoding="utf-8")
     README.write_text(readme(README.read_text(encoding="utf-8"), found), encoding="utf-8")
     print(f"{PAGE}: {', '.join(found) or 'no results'}")

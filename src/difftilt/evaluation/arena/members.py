@@ -234,7 +234,7 @@ def steer_all(
         where = noise.uniform(index, (), purpose="output").to(steered.weight)
         found.append(steered.x_0[drawn_rows(steered, where)])
         cost = cost + steered.ledger
-        done = f"{amount} particles" if budget is None else "rounds"
+        done = f"{amount} {scaled_by(part.config)}" if budget is None else "rounds"
         tell(f"{done}, {int(index[-1]) + 1} of {samples} samples")
     return torch.cat(found), cost
 
