@@ -30,6 +30,7 @@ from difftilt.objectives.policy_gradient import (
 )
 from difftilt.objectives.preference import gain_preference, kto, kto_offset, step_preference
 from difftilt.objectives.ranking import suffix_cross_entropy
+from difftilt.objectives.unmasking import invalid_loss, masked_error
 
 __all__ = [
     "Baselines",
@@ -50,9 +51,11 @@ __all__ = [
     "gain_preference",
     "guard_log_ratio",
     "implicit_reward",
+    "invalid_loss",
     "kto",
     "kto_offset",
     "limit_target",
+    "masked_error",
     "mean_gap",
     "nft_loss",
     "pairs_within",

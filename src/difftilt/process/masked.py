@@ -4,12 +4,14 @@ Tokens are int64 in 0..vocab-1 and the mask symbol is ``vocab``. A relaxed state
 vocab + 1, rows on the simplex; its visible token is the argmax.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from difftilt.errors import UserError
 from difftilt.process.gaussian import at_least_float32
 from difftilt.process.protocol import NoiseLaw, PredictionKind
 from difftilt.trees import Batched
@@ -22,26 +24,83 @@ def gumbel(uniform: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 @dataclass(frozen=True)
 class MaskedProcess:
-    """Every token becomes the mask, independently, with probability m(t) = (1 - floor)·t.
+    """Every token becomes the mask, independently, with probability m(t) = (1 - floor)·t; bonds with (1 - floor)·t^w.
+
+    With w > 1 bonds are masked later and revealed earlier than the other tokens (PepTune, arXiv 2412.17780, bond-
+    dependent masking). A mask then says something about what it hides, so the exact denoiser depends on t.
 
     Attributes:
         vocab: number of real tokens.
         floor: probability with which a token stays visible at t = 1 (MDLM: 1e-3; 0 makes the prior exact).
+        bond: which tokens are bonds: a flag for each real token, or a function of clean sequences (batch, position)
+            that returns flags of the same shape. A function serves ``corrupt`` and ``loss_weight``, which is what
+            training needs; re-noising and the reverse kernel must know a token's class by the token alone. None: none.
+        power: w.
     """
 
     vocab: int
     floor: float = 0.0
     noise_law: NoiseLaw = "uniform"
     point_prior: bool = True
+    bond: tuple[bool, ...] | Callable[[Tensor], Tensor] | None = None
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.power > 0:
+            raise UserError(f"power {self.power} of the bonds must be positive")
+        if isinstance(self.bond, tuple) and len(self.bond) != self.vocab:
+            raise UserError(f"bond has {len(self.bond)} flags: give one for each of the {self.vocab} tokens")
 
     @property
     def mask(self) -> int:
         """Index of the mask symbol."""
         return self.vocab
 
-    def mask_probability(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """m(t)."""
-        return (1 - self.floor) * t
+    @property
+    def one_class(self) -> bool:
+        """Whether all tokens are masked alike."""
+        return self.bond is None or self.power == 1
+
+    def is_bond(self, x: Int[Tensor, "batch position"]) -> Bool[Tensor, "batch position"]:
+        """Positions that hold a bond; a mask is none. A function of clean sequences is asked as it is."""
+        if self.bond is None:
+            return torch.zeros_like(x, dtype=torch.bool)
+        return self._flags(x.device)[x] if isinstance(self.bond, tuple) else self.bond(x)
+
+    def mask_probability(
+        self, t: Float[Tensor, "*shape"], bond: Bool[Tensor, "*shape"] | None = None
+    ) -> Float[Tensor, "*shape"]:
+        """m(t): (1 - floor)·t, and (1 - floor)·t^w where ``bond`` is True; t in the shape of ``bond``, if given."""
+        level = t if bond is None else torch.where(bond, t**self.power, t)
+        return (1 - self.floor) * level
+
+    def symbol_mask_probability(self, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+        """m(t) of every real token.
+
+        Raises:
+            UserError: if bonds are known by a function of clean sequences only.
+        """
+        flags = self._flags(t.device)[:-1].expand(len(t), -1)
+        return self.mask_probability(t[:, None].expand(flags.shape), flags)
+
+    def loss_weight(
+        self, x_0: Int[Tensor, "batch position"], t: Float[Tensor, " batch"]
+    ) -> Float[Tensor, "batch position"]:
+        """m'(t)/m(t) = 1/t, and w/t for bonds: what a masked position counts in the likelihood bound.
+
+        With sigma = -log(1 - m), the total noise of a masked diffusion, it is sigma'/(exp(sigma) - 1).
+        """
+        return torch.where(self.is_bond(x_0), self.power, 1.0) / t[:, None]
+
+    def _flags(self, device: torch.device) -> Bool[Tensor, " symbols"]:
+        """Whether each symbol, the mask included, is a bond."""
+        if self.bond is None:
+            return torch.zeros(self.vocab + 1, dtype=torch.bool, device=device)
+        if not isinstance(self.bond, tuple):
+            raise UserError(
+                "bond is a function of clean sequences, and a masked position has none: give a flag for each token"
+            )
+        return torch.tensor([*self.bond, False], device=device)
 
     def is_masked(self, x: Shaped[Tensor, "batch ..."]) -> Bool[Tensor, "batch position"]:
         """Positions that hold the mask; in a relaxed state those where the mask symbol is the argmax."""
@@ -61,8 +120,11 @@ class MaskedProcess:
         t: Float[Tensor, " batch"],
         noise: Float[Tensor, "batch position"],
     ) -> Int[Tensor, "batch position"]:
-        """Mask where the uniform ``noise`` is below m(t)."""
-        return torch.where(noise < self.mask_probability(t)[:, None], self.mask, x_0)
+        """Mask where the uniform ``noise`` is below m(t) of the token."""
+        if self.one_class:
+            return torch.where(noise < self.mask_probability(t)[:, None], self.mask, x_0)
+        level = self.mask_probability(t[:, None].expand(x_0.shape), self.is_bond(x_0))
+        return torch.where(noise < level, self.mask, x_0)
 
     def renoise(
         self,
@@ -71,9 +133,10 @@ class MaskedProcess:
         tau: Float[Tensor, " batch"],
         noise: Float[Tensor, "batch position"],
     ) -> Int[Tensor, "batch position"]:
-        """Mask visible tokens with probability (m(tau) - m(s)) / (1 - m(s))."""
-        m_s, m_tau = self.mask_probability(s), self.mask_probability(tau)
-        return torch.where(noise < ((m_tau - m_s) / (1 - m_s))[:, None], self.mask, x_s)
+        """Mask visible tokens with probability (m(tau) - m(s)) / (1 - m(s)), m of the token."""
+        bond = None if self.one_class else self._flags(x_s.device)[x_s]
+        m_s, m_tau = (self.mask_probability(at[:, None].expand(x_s.shape), bond) for at in (s, tau))
+        return torch.where(noise < (m_tau - m_s) / (1 - m_s), self.mask, x_s)
 
     def predict(
         self,

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difftilt.process.gaussian import GaussianPrediction, GaussianProcess, as_gaussian, expand
-from difftilt.process.masked import MaskedProcess, TokenPrediction
+from difftilt.process.masked import TokenPrediction
 from difftilt.process.protocol import Prediction
 from difftilt.sampling.steps import CategoricalStep, GaussianStep
 
@@ -209,17 +209,24 @@ class Euler:
 class Unmasking:
     """Ancestral step of a masked model (MDLM): a masked token becomes v with p(v)·(m_t - m_s)/m_t, else stays masked.
 
-    Visible tokens are kept. The step to s = 0 leaves no mask.
+    Where the process masks bonds later, m is that of v: a bond is revealed with (t^w - s^w)/t^w (PepTune). Visible
+    tokens are kept. The step to s = 0 leaves no mask.
     """
 
     def __call__(self, prediction: Prediction, x_t: Tensor, t: Times, s: Times) -> CategoricalStep:
         if not isinstance(prediction, TokenPrediction):
             raise TypeError(f"unmasking needs a masked process; it was given a {type(prediction).__name__}")
-        process: MaskedProcess = prediction.process
-        stay = (process.mask_probability(s) / process.mask_probability(t)).clamp(max=1)
+        process = prediction.process
+        if process.one_class:
+            stay = (process.mask_probability(s) / process.mask_probability(t)).clamp(max=1)[:, None, None]
+            remain = stay[..., 0].log()
+        else:
+            stay = (process.symbol_mask_probability(s) / process.symbol_mask_probability(t)).clamp(max=1)[:, None]
+            left = (prediction.log_probs.exp() * stay).sum(-1)
+            # the inner floor keeps the gradient finite where nothing is left
+            remain = torch.where(left > 0, left.clamp(min=torch.finfo(left.dtype).tiny).log(), -torch.inf)
         masked = process.is_masked(prediction.x_t)
-        reveal = torch.where(masked, torch.log1p(-stay)[:, None], 0.0)
-        remain = torch.where(masked, stay.log()[:, None], -torch.inf)
-        tokens = prediction.log_probs + reveal[..., None]
+        tokens = prediction.log_probs + torch.where(masked[..., None], torch.log1p(-stay), 0.0)
+        remain = torch.where(masked, remain, -torch.inf)
         relaxed = prediction.x_t if prediction.x_t.is_floating_point() else None
         return CategoricalStep(torch.cat([tokens, remain[..., None]], dim=-1), relaxed)
