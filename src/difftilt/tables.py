@@ -90,11 +90,14 @@ def train_report(
 
 def steer_report(summary: Mapping[str, Any]) -> RenderableType:
     """One row per prompt of a steering summary (at most :data:`SHOWN`), the means over all, and what it cost."""
-    table = Table("prompt", "best reward", "mean reward", "log Z", "ancestors", box=None, header_style="bold")
+    spelled = ["best sample"] if any("text" in row for row in summary["prompts"]) else []
+    names = ["prompt", "best reward", "mean reward", "log Z", "ancestors", *spelled]
+    table = Table(*names, box=None, header_style="bold")
     for row in summary["prompts"][:SHOWN]:
         log_z = "" if row["log_z"] is None else f"{row['log_z']:.4g}"
         numbers = (f"{row['reward_best']:.4g}", f"{row['reward_mean']:.4g}", log_z)
-        table.add_row(Text(row["prompt"]), *numbers, str(row["ancestors"][-1]) if row["ancestors"] else "")
+        ancestors = str(row["ancestors"][-1]) if row["ancestors"] else ""
+        table.add_row(Text(row["prompt"]), *numbers, ancestors, *(Text(row[key]) for key in ("text",) if key in row))
     rest = len(summary["prompts"]) - SHOWN
     more = [Text(f"and {rest} more prompts")] if rest > 0 else []
     best = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items())

@@ -1,5 +1,7 @@
 """A small bidirectional transformer from partly masked tokens to logits over the vocabulary."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ class MaskedTransformer(nn.Module):
         ratio: hidden width of the MLPs over ``width``.
         classes: number of classes; the condition is then a label tensor (batch,) int64, where ``classes`` is the null
             label. 0 ignores the condition.
+        words: what each token stands for, kept with the weights; empty where tokens are mere numbers.
         seed: of the weights.
     """
 
@@ -42,13 +45,16 @@ class MaskedTransformer(nn.Module):
         heads: int = 4,
         ratio: int = 3,
         classes: int = 0,
+        words: Sequence[str] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
         if width % (2 * heads):
             raise UserError(f"width {width} must be a multiple of twice the {heads} heads")
+        if words and len(words) != vocab:
+            raise UserError(f"words has {len(words)} entries for {vocab} tokens: name each token once")
         generator = torch.Generator().manual_seed(seed)
-        self.vocab, self.length = vocab, length
+        self.vocab, self.length, self.words = vocab, length, tuple(words)
         self.symbols = table(vocab + 1, width, generator, std=1.0)
         self.positions = table(length, width, generator, std=1.0)
         self.time = nn.ModuleList([linear(width, width, generator), linear(width, width, generator)])

@@ -17,7 +17,7 @@ from difftilt.recipes.building import build_task, check_needs, require
 from difftilt.recipes.parts import read_part
 from difftilt.recipes.prompts import prompts_of
 from difftilt.recipes.schema import Recipe, SteeringConfig
-from difftilt.recipes.steered import SteerResult, best_scores
+from difftilt.recipes.steered import SteerResult, best_scores, steered_look
 from difftilt.rewards import Masked, as_reward
 from difftilt.rewards.base import ScoreFunction
 from difftilt.rewards.protocol import Reward
@@ -135,4 +135,5 @@ def run_call(call: SteerCall, progress: Progress | None = None) -> SteerResult:
         budget=steering.budget,
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    return SteerResult(call.prompts, steered, best_scores(task, call.prompts, steered), seconds)
+    best, look = best_scores(task, call.prompts, steered), steered_look(task, steered)
+    return SteerResult(call.prompts, steered, best, seconds, look)

@@ -4,19 +4,28 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from safetensors.torch import save_file
+from torch import Tensor
 
 from difftilt.models.ledger import Ledger
 from difftilt.rewards.protocol import Samples
 from difftilt.rewards.scoring import evaluate
 from difftilt.steering.protocol import Steered
-from difftilt.training.pictures import save_picture
+from difftilt.training.looks import Look, look_at
+from difftilt.training.pictures import save_look
 from difftilt.training.protocol import Task
+
+STEERED = 24
+"""Prompts of a steered run that are shown at all: there may be hundreds."""
+
+PARTICLES = 16
+"""Particles of one prompt that are shown, those of the largest weight."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +37,24 @@ class SteerResult:
         steered: samples, weights and cost.
         best: ``reward`` and every held-out reward of the best sample of a prompt, averaged over the prompts.
         seconds: wall clock of the steering.
+        look: strings of all particles and drawings of those that are shown, where the task offers them.
     """
 
     prompts: Sequence[str]
     steered: Steered
     best: Mapping[str, float]
     seconds: float
+    look: Look = field(default_factory=Look)
 
     def summary(self) -> dict[str, Any]:
-        """Plain values: for each prompt best and weighted mean reward, log Z and how many lineages are left."""
+        """Plain values: for each prompt best and weighted mean reward, log Z and how many lineages are left.
+
+        Where samples have strings, also that of the best one, ``text``.
+        """
         rows = _rows(self.steered, self.prompts)
+        if self.look.text is not None:
+            for row, place in zip(rows, self.steered.best.tolist(), strict=True):
+                row["text"] = self.look.text[place]
         return {
             "prompts": rows,
             "best": dict(self.best),
@@ -47,7 +64,7 @@ class SteerResult:
         }
 
     def save(self, config: str, output: Path) -> None:
-        """Write config, summary, samples and a picture; the directory appears whole or not at all.
+        """Write config, summary, samples, a picture and strings; the directory appears whole or not at all.
 
         Args:
             config: text of the resolved recipe.
@@ -58,11 +75,24 @@ class SteerResult:
         try:
             (staging / "config.yaml").write_text(config, encoding="utf-8")
             (staging / "result.json").write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
-            save_file(_tensors(self.steered), staging / "samples.safetensors")
-            save_picture(staging, "samples", self.steered.media)
+            save_file(_tensors(self.steered) | self.look.tensors(), staging / "samples.safetensors")
+            save_look(staging, "samples", self.steered.media, self.look)
             staging.replace(output)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def heaviest(group: Int[Tensor, " rows"], weight: Float[Tensor, " rows"], prompt: int) -> Int[Tensor, " shown"]:
+    """The particles of one prompt that are shown, in order of weight."""
+    mine = (group == prompt).nonzero().flatten()
+    return mine[weight[mine].argsort(descending=True, stable=True)][:PARTICLES]
+
+
+def steered_look(task: Task, steered: Steered) -> Look:
+    """Strings of all particles; drawings of the best and the heaviest ones of the first prompts."""
+    prompts = range(min(len(steered.best), STEERED))
+    heavy = [heaviest(steered.group, steered.weight, prompt) for prompt in prompts]
+    return look_at(task, steered.media, torch.cat([steered.best[: len(prompts)], *heavy]).unique())
 
 
 def best_scores(task: Task, prompts: Sequence[str], steered: Steered) -> dict[str, float]:
@@ -97,7 +127,7 @@ def _rows(steered: Steered, prompts: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _tensors(steered: Steered) -> dict[str, torch.Tensor]:
+def _tensors(steered: Steered) -> dict[str, Tensor]:
     names = ("x_0", "media", "group", "weight", "rewards", "best", "log_z", "ess", "ancestors")
     # own storage: safetensors refuses tensors that share memory, as media may with x_0
     return {name: getattr(steered, name).detach().cpu().contiguous().clone() for name in names}

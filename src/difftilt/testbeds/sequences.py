@@ -7,6 +7,7 @@ target of a method is the tilted law of the *chain of the sampler* (DRAKES, arXi
 
 from collections.abc import Sequence
 from functools import cached_property
+from string import ascii_uppercase
 from typing import Self
 
 import torch
@@ -28,6 +29,7 @@ from difftilt.sampling.kernels import Unmasking
 from difftilt.sampling.protocol import Sampler
 from difftilt.statistics import empirical, enumerate_sequences, tilted, total_variation
 from difftilt.testbeds.enumeration import chain_law, chain_soft_value
+from difftilt.training.looks import spelled
 from difftilt.training.protocol import Task
 
 CARD = Card(
@@ -131,11 +133,17 @@ class Sequences:
             features=self.features,
             temperature=config.temperature,
             truth=self.distance_to_target,
+            text=self.text,
         )
 
     def naturalness(self, samples: Samples) -> Float[Tensor, " batch"]:
         """Log-probability of each sequence under the Markov chain, in nats per token."""
         return (self.base.log_prob(samples.media) / self.config.length).float()
+
+    def text(self, media: Int[Tensor, "batch position"]) -> list[str]:
+        """Sequences as capital letters, A for token 0; of more than 26 letters as numbers."""
+        count = self.config.letters
+        return spelled(media, ascii_uppercase if count <= len(ascii_uppercase) else [f"{n} " for n in range(count)])
 
     def features(self, media: Int[Tensor, "batch position"]) -> Float[Tensor, "batch features"]:
         """One-hot tokens, flattened: distances between features count differing positions."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,15 +16,18 @@ from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
 from difftilt.sampling.rollout import sample, start_state
 from difftilt.training.logs import write_text
-from difftilt.training.pictures import save_picture
+from difftilt.training.looks import Look, as_bytes, look_at
+from difftilt.training.pictures import save_look
 from difftilt.training.protocol import Task
 from difftilt.training.run import LoopRun
 
 PROMPTS = "prompts.json"
+WIDEST = 8
+"""Drawings of one prompt that stand in one row; more of them make a square."""
 HELDOUT, TRAINED = 10, 5
 """How many held-out and how many training prompts are shown, at most."""
-IMAGES, OTHERS = 6, 512
-"""Images per prompt; samples over all prompts of anything that is drawn as a cloud or a list."""
+IMAGES, DRAWINGS, OTHERS = 6, 24, 512
+"""Images per prompt; samples over all prompts of what the task draws, and of what is a cloud or a list."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def gallery_of(task: Task) -> Gallery:
     trained = [prompt for prompt in dict.fromkeys(task.prompts) if prompt not in heldout][:TRAINED]
     prompts = [*heldout, *trained]
     images = len(task.model.shape) >= 3 and not task.model.dtype_tokens
-    size = IMAGES if images else max(1, OTHERS // len(prompts))
+    size = IMAGES if images else max(1, (OTHERS if task.draw is None else DRAWINGS) // len(prompts))
     return Gallery(prompts, [prompt in unseen for prompt in prompts], size, task.headline, task.rate)
 
 
@@ -64,10 +67,12 @@ class Shown:
     Attributes:
         media: decoded, those of one prompt together.
         score: the task's headline of each.
+        look: strings and drawings, where the task offers them.
     """
 
     media: Shaped[Tensor, "samples ..."]
     score: Float[Tensor, " samples"]
+    look: Look = field(default_factory=Look)
 
 
 def show(run: LoopRun, role: str, sampler: Sampler, gallery: Gallery, seed: int) -> Shown:
@@ -82,11 +87,11 @@ def show(run: LoopRun, role: str, sampler: Sampler, gallery: Gallery, seed: int)
         media = run.task.model.decode(sample(denoise, sampler, x_t, condition, noise=noise, index=index))
         samples = Samples(media, prompts, prompts, index // gallery.size, condition)
         reward = run.task.heldout.get(run.task.headline, run.task.reward)
-        return Shown(media, run.score_with(reward, samples).total)
+        return Shown(media, run.score_with(reward, samples).total, look_at(run.task, media))
 
 
 def save_gallery(directory: Path, step: int, gallery: Gallery, shown: Shown) -> None:
-    """Write ``prompts.json``, ``step_<N>.safetensors`` and a picture to look at.
+    """Write ``prompts.json``, ``step_<N>.safetensors``, a picture to look at, and strings as ``step_<N>.json``.
 
     Args:
         directory: ``samples`` of a run.
@@ -99,10 +104,15 @@ def save_gallery(directory: Path, step: int, gallery: Gallery, shown: Shown) -> 
     media = shown.media.detach().cpu()
     stored = media
     if media.dim() == 4 and media.is_floating_point():
-        finite = media.float().nan_to_num(0.0, posinf=0.0, neginf=0.0)  # no byte stands for the others: black
-        stored = (finite * 255).round().clamp(0, 255).byte()
+        stored = as_bytes(media)
     if media.is_complex():
         stored = media.to(torch.complex64)  # safetensors knows no wider type
     tensors = {"media": stored.contiguous().clone(), "score": shown.score.float().cpu().contiguous().clone()}
-    save_file(tensors, directory / f"step_{step}.safetensors")
-    save_picture(directory, f"step_{step}", media, columns=gallery.size if media.dim() in (3, 4) else None)
+    save_file(tensors | shown.look.tensors(), directory / f"step_{step}.safetensors")
+    save_look(
+        directory,
+        f"step_{step}",
+        media,
+        shown.look,
+        gallery.size if gallery.size <= WIDEST or media.dim() in (3, 4) else None,
+    )

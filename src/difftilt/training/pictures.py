@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from difftilt.training.looks import Look
+
 SHOWN = 64
 SPECTROGRAM = 64
 """Pixels of the height and width of a spectrogram."""
@@ -44,6 +46,24 @@ def save_picture(directory: Path, name: str, media: Tensor, columns: int | None 
     else:
         _scatter(media.flatten(1)[:1024].float(), path)
     return path
+
+
+def save_look(directory: Path, name: str, media: Tensor, look: Look, columns: int | None = None) -> None:
+    """The picture of samples, which is of their drawings where there are any, and all their strings as JSON.
+
+    Args:
+        directory: made if it is not there.
+        name: without suffix.
+        media: as for :func:`save_picture`.
+        look: of the same samples.
+        columns: of a grid of images, drawings or spectrograms.
+    """
+    shown = media if look.drawn is None else look.drawn.float() / 255
+    if look.text is None or look.drawn is not None:
+        save_picture(directory, name, shown, columns=columns if shown.dim() in (3, 4) else None)
+    if look.text is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{name}.json").write_text(json.dumps(look.text, indent=1))
 
 
 def _spread(media: Tensor) -> Tensor:

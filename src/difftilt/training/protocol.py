@@ -33,6 +33,11 @@ class Task:
             it is never 0.
         data: offline experience for methods that learn from it (preferred samples, scored groups).
         rate: samples per second of audio media; None for other media.
+        text: media -> one string per sample, where people read samples better than numbers (tokens that spell).
+        draw: media -> pictures in [0, 1], (batch, channel, height, width), all of one size, where media are no images
+            but have a picture.
+        valid: media -> (batch,) bool: which samples mean anything at all. A search may drop the others unscored; in a
+            per-sample reward they have the worst value of its range.
         environment: for control; its rewards take the place of ``reward``.
     """
 
@@ -50,6 +55,9 @@ class Task:
     truth: Callable[[Tensor], float] | None = None
     data: Experience | None = None
     rate: int | None = None
+    text: Callable[[Tensor], Sequence[str]] | None = None
+    draw: Callable[[Tensor], Tensor] | None = None
+    valid: Callable[[Tensor], Tensor] | None = None
     environment: "Environment | None" = None
 
 

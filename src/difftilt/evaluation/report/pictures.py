@@ -14,19 +14,15 @@ from difftilt.evaluation.report.charts import Cloud, limits_of, scatter_chart
 from difftilt.evaluation.report.reading import RunRecord
 from difftilt.evaluation.report.samples import Gallery, Particles, Stage, kind_of
 from difftilt.evaluation.report.sounds import sound
-from difftilt.evaluation.report.sprites import Sprite, sprite, token_lines
+from difftilt.evaluation.report.sprites import Sprite, first_lines, sprite, token_lines
 from difftilt.recipes.parts import read_part
+from difftilt.recipes.steered import PARTICLES, STEERED, heaviest
+from difftilt.training.looks import Look
 from difftilt.training.pictures import spectrograms
 from difftilt.training.protocol import Task
 
 SHOWN = 12
 """Prompts in view; the others are folded away."""
-
-STEERED = 24
-"""Prompts of a steered run that are shown at all: there may be hundreds."""
-
-PARTICLES = 16
-"""Particles of one prompt that are shown, those of the largest weight."""
 
 BEST = 80
 """CSS pixels of the side of a best image."""
@@ -34,14 +30,14 @@ BEST = 80
 
 @dataclass(frozen=True)
 class Strip:
-    """One row of samples of one prompt: an image, with sound if it is of audio, or lines of text.
+    """One row of samples of one prompt: an image, with sound if it is of audio, lines of text, or both.
 
     Attributes:
         label: stage, or what the steerer made of the prompt.
         run: place of the run whose colour and name stand beside it; None for what all runs share.
         image: of all samples.
         sound: all samples one after the other, as a data URI; empty for none.
-        lines: of tokens.
+        lines: of tokens, or what the samples spell.
     """
 
     label: str
@@ -138,6 +134,7 @@ def _strips(stages: Sequence[tuple[int, Stage]], rows: slice, gallery: Gallery) 
             _label(stage) + _scored(stage, rows, gallery.score),
             None if shared and stage.step == 0 else place,
             stage.media[rows],
+            stage.look.take(torch.arange(len(stage.media))[rows]),
             rate=gallery.rate,
         )
         for place, stage in kept
@@ -152,7 +149,14 @@ def _scored(stage: Stage, rows: slice, name: str) -> str:
     return f" · {name} {mean:.3g}" if math.isfinite(mean) else f" · {name} –"
 
 
-def _strip(label: str, run: int | None, media: Tensor, enlarged: int | None = None, rate: int | None = None) -> Strip:
+def _strip(
+    label: str, run: int | None, media: Tensor, look: Look, enlarged: int | None = None, rate: int | None = None
+) -> Strip:
+    lines = [] if look.text is None else first_lines(look.text, len(media))
+    if look.drawn is not None:
+        return Strip(label, run, image=sprite(look.drawn), lines=lines)
+    if lines:
+        return Strip(label, run, lines=lines)
     if kind_of(media) == "audio":
         return Strip(label, run, image=sprite(spectrograms(media)), sound=sound(media, rate) if rate else "")
     if kind_of(media) == "tokens":
@@ -224,10 +228,12 @@ def _caption(record: RunRecord, group: int) -> str:
 
 
 def _particle_strips(particles: Particles, group: int, place: int) -> list[Strip]:
-    mine = (particles.group == group).nonzero().flatten()
-    order = mine[particles.weight[mine].argsort(descending=True, stable=True)][:PARTICLES]
-    best = _strip("best", place, particles.media[particles.best[group]][None], BEST)
-    return [best, _strip("particles", place, particles.media[order])] if len(order) else [best]
+    order = heaviest(particles.group, particles.weight, group)
+    top = particles.best[group][None]
+    best = _strip("best", place, particles.media[top], particles.look.take(top), BEST)
+    if not len(order):
+        return [best]
+    return [best, _strip("particles", place, particles.media[order], particles.look.take(order))]
 
 
 def _finite(points: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from difftilt.evaluation.report.tolerant import Damage, items, read_object, read_tensors
+from difftilt.evaluation.report.tolerant import Damage, items, read_object, read_tensors, read_texts
+from difftilt.training.looks import Look
 
 FASTEST = 768_000
 """Samples per second beyond which a rate is no rate."""
@@ -25,11 +27,13 @@ class Stage:
         step: iterations done; 0 is before training.
         media: as decoded, (prompts · size, ...), prompts outermost.
         score: of each sample, where the run kept it.
+        look: strings and drawings, where the run kept them.
     """
 
     step: int
     media: Shaped[Tensor, "rows *shape"]
     score: Float[Tensor, " rows"] | None = None
+    look: Look = field(default_factory=Look)
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,14 @@ class Particles:
         group: prompt of each particle.
         weight: of each particle, normalised within its prompt.
         best: for each prompt the row of the highest reward.
+        look: strings and drawings, where the run kept them.
     """
 
     media: Shaped[Tensor, "rows *shape"]
     group: Int[Tensor, " rows"]
     weight: Float[Tensor, " rows"]
     best: Int[Tensor, " prompts"]
+    look: Look = field(default_factory=Look)
 
 
 def kind_of(media: Tensor) -> Kind | None:
@@ -132,7 +138,7 @@ def read_particles(run: Path, damage: Damage) -> Particles | None:
     if not fitting or not _points_into(group, len(best)):
         damage.add(f"{path.name} is damaged (its tensors do not fit together)")
         return None
-    return Particles(media, group.long(), weight.double(), best.long())
+    return Particles(media, group.long(), weight.double(), best.long(), _look(path, tensors, len(media), damage))
 
 
 def prompts_of(summary: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -162,12 +168,25 @@ def _stage(path: Path, step: int, rows: int, damage: Damage) -> Stage | None:
     if kind_of(media) is None or len(media) != rows:
         damage.add(f"{path.name} holds samples of shape {tuple(media.shape)}, which do not fit {rows} rows of prompts")
         return None
-    score = tensors.get("score")
+    score, look = tensors.get("score"), _look(path, tensors, rows, damage)
     if score is None or score.shape != (rows,) or score.is_complex():
-        return Stage(step, media, None)
+        return Stage(step, media, None, look)
     if not score.isfinite().all():
         damage.add(f"{path.name} holds scores that are not finite; the mean of their prompt is a dash")
-    return Stage(step, media, score)
+    return Stage(step, media, score, look)
+
+
+def _look(path: Path, tensors: Mapping[str, Tensor], rows: int, damage: Damage) -> Look:
+    """The strings beside a file of samples, and the drawings in it."""
+    text = read_texts(path.with_suffix(".json"), rows, damage)
+    drawn, drawn_rows = tensors.get("drawn"), tensors.get("drawn_rows")
+    if drawn is None or drawn_rows is None:
+        return Look(text)
+    fitting = drawn.dim() == 4 and drawn.dtype == torch.uint8 and drawn_rows.shape == drawn.shape[:1]
+    if not fitting or drawn.numel() == 0 or not _points_into(drawn_rows, rows):
+        damage.add(f"{path.name} is damaged (its drawings do not fit its samples)")
+        return Look(text)
+    return Look(text, drawn, drawn_rows.long())
 
 
 def _points_into(index: Tensor, rows: int) -> bool:

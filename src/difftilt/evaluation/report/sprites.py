@@ -68,8 +68,13 @@ def token_lines(media: Int[Tensor, "rows position"]) -> Sequence[str]:
     """One line of numbers for each of the first rows, without spaces where all are digits, and how many are left."""
     rows: list[list[int]] = media[:LINES].tolist()
     gap = "" if all(0 <= token <= 9 for row in rows for token in row) else " "
-    lines = [gap.join(map(str, row)) for row in rows]
-    return lines if len(media) <= LINES else [*lines, f"and {len(media) - LINES} more"]
+    return first_lines([gap.join(map(str, row)) for row in rows], len(media))
+
+
+def first_lines(lines: Sequence[str], count: int) -> Sequence[str]:
+    """The first lines, and how many of ``count`` are left."""
+    shown = lines[:LINES]
+    return shown if count <= LINES else [*shown, f"and {count - LINES} more"]
 
 
 def _bytes(media: Tensor) -> Shaped[Tensor, "rows 3 height width"]:

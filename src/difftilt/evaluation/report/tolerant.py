@@ -69,6 +69,25 @@ def read_object(path: Path, damage: Damage) -> dict[str, Any]:
     return mapping(value)
 
 
+def read_texts(path: Path, rows: int, damage: Damage) -> Sequence[str] | None:
+    """A JSON list of one string for each row; None for other lists, and with a note for what is no such list."""
+    text = read_plain(path, damage)
+    if text is None:
+        return None
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        damage.add(f"{path.name} is damaged ({_short(error)})")
+        return None
+    found = items(value)
+    if not found or not all(isinstance(one, str) for one in found):
+        return None  # tokens as numbers stand in a file of this name where samples have no strings
+    if len(found) != rows:
+        damage.add(f"{path.name} is damaged (it holds {len(found)} strings for {rows} samples)")
+        return None
+    return found
+
+
 def read_plain(path: Path, damage: Damage) -> str | None:
     """The text of a file, None where there is none; bytes that are no UTF-8 are replaced."""
     try:
