@@ -70,7 +70,7 @@ def test_a_gallery_keeps_strings_and_drawings(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def steered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("steered") / "run"
-    difftilt.steer("sequences/best-of-n", directory, overrides=["steerer.particles=24"])
+    difftilt.steer("sequences/best-of-n", output=directory, overrides=["steerer.particles=24"])
     return directory
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field
 from torch import Tensor
 
@@ -97,7 +97,7 @@ class Molecules:
             valid=self.valid,
         )
 
-    def text(self, media: Int[Tensor, "batch position"]) -> list[str]:
+    def text(self, media: Shaped[Tensor, "batch position ..."]) -> list[str]:
         """SMILES as the model wrote them, whether they are molecules or not.
 
         Raises:

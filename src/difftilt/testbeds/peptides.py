@@ -38,6 +38,9 @@ CARD = Card(
     paper="Markov chain of amino acids with its exact masked posterior; objectives in the manner of arXiv 2412.17780.",
 )
 
+ADDITIVE = ("charge", "hydrophobicity")
+"""Rewards that are sums over positions."""
+
 
 class Config(BaseConfig):
     """The chain of amino acids, the sampler and the reward."""
@@ -130,7 +133,8 @@ class Peptides:
             sampler=Sampler(uniform_grid(config.steps), Unmasking()),
             heldout={name: reward for name, reward in rewards.items() if name == "valid" or name != config.reward},
             features=self.features,
-            temperature=config.temperature,
+            temperature=config.temperature if config.reward in ADDITIVE else None,
+            truth=self.marginal_distance if config.reward in ADDITIVE else None,
             text=self.text,
             valid=self.valid,
         )
@@ -162,7 +166,7 @@ class Peptides:
             return properties.residue_charges().expand(length, -1), properties.end_charge()
         if self.config.reward == "hydrophobicity":
             return properties.table(properties.HYDROPHOBICITY).expand(length, -1) / length, 0.0
-        raise UserError(f"the tilted law of reward {self.config.reward!r} is not known: use charge or hydrophobicity")
+        raise UserError(f"the tilted law of reward {self.config.reward!r} is not known: use {' or '.join(ADDITIVE)}")
 
     def tilted(self, temperature: float | None = None) -> Chain:
         """p* ∝ p·exp(r/temperature), p the Markov chain: its law, marginals and exact draws."""
