@@ -1,7 +1,7 @@
 """Run the benchmarks and write their results: ``python -m benchmarks [NAME ...] [--repeats N]``.
 
-``signal``, ``attribution`` and ``memory`` time nothing and run only when they are named; the first two take half an
-hour each.
+Studies, which time nothing, run only when they are named: ``signal``, ``attribution``, ``memory`` and
+``ttsnap_replay``; the first two take half an hour each.
 
 Always exits with 0: a machine that is slow, or busy, is no error. Whether a bound holds is printed and stored.
 """
@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import attribution, memory, signal
+from benchmarks import attribution, memory, signal, ttsnap
 from benchmarks.paired import Report, Subject, measure
 from benchmarks.sampling import (
     branch_saving,
@@ -59,9 +59,9 @@ GROUPS = {
     "updates": tuple(name for name in BENCHMARKS if name.startswith("update_")),
 }
 """One name for several benchmarks."""
-STUDIES = ("signal", "attribution", "memory")
-"""No timing: how much of a policy gradient is signal, how much of an advantage the doing of its own step, and what an
-iteration keeps."""
+STUDIES = ("signal", "attribution", "memory", "ttsnap_replay")
+"""No timing: how much of a policy gradient is signal, how much of an advantage the doing of its own step, what an
+iteration keeps, and pruned search over recorded rewards."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,8 +88,10 @@ def study(name: str, size: str, repeats: int, path: Path) -> None:
         console.print(signal.table(signal.run(signal.chosen(size), repeats, path)))
     elif name == "memory":
         console.print(memory.table(memory.run(size, path)))
-    else:
+    elif name == "attribution":
         console.print(attribution.table(attribution.run(attribution.chosen(size), repeats, path)))
+    else:
+        console.print(*ttsnap.tables(ttsnap.run(ttsnap.SIZES[size], path)))
 
 
 def table(reports: Sequence[Report]) -> Table:

@@ -57,12 +57,13 @@ def test_decode_covers_the_unit_interval_and_keeps_gradients() -> None:
     assert latents.grad[0, 0, 0].tolist() == [0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("reward", ["digit", "ink", "symmetry"])
+@pytest.mark.parametrize("reward", ["digit", "margin", "ink", "symmetry"])
 def test_the_trained_reward_is_not_held_out(reward: str) -> None:
     task = Digits(Config.model_validate({"reward": reward})).task()
     assert task.reward.name == reward
     assert reward not in task.heldout
     assert {"heldout_digit", "nearness"} <= set(task.heldout)
+    assert "margin" not in task.heldout
 
 
 def test_rewards_of_real_digits_prefer_their_own_prompt() -> None:
@@ -72,6 +73,16 @@ def test_rewards_of_real_digits_prefer_their_own_prompt() -> None:
         reward = bed.rewards()[name]
         right, wrong = reward.score(_samples(sevens, "bold seven")), reward.score(_samples(sevens, "thin two"))
         assert float(right.mean()) > 0.8 > 0.05 > float(wrong.mean())
+
+
+def test_the_margin_is_the_gap_of_logits_and_positive_where_the_class_wins() -> None:
+    test, bed = load_splits().test, Digits()
+    reward = bed.rewards()["margin"]
+    logits = bed.classifiers[0](test.images)
+    margin = reward.score(_samples(test.images, "bold seven"))
+    others = logits[:, [0, 1, 2, 3, 4, 5, 6, 8, 9]].amax(1)
+    torch.testing.assert_close(margin, logits[:, 7] - others, rtol=1e-4, atol=1e-4)
+    assert torch.equal(margin > 0, logits.argmax(1) == 7)
 
 
 def test_nearness_is_zero_on_training_images_only() -> None:

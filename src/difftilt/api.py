@@ -18,6 +18,7 @@ from difftilt.recipes.calls import Scored, call_of_objects, call_of_recipe, run_
 from difftilt.recipes.collecting import collect_groups
 from difftilt.recipes.directory import CONFIG, check_free, check_output, run_directory
 from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe, run_of
+from difftilt.recipes.fitting import FitResult, fit_recipe
 from difftilt.recipes.schema import Recipe, load_recipe
 from difftilt.recipes.steered import SteerResult
 from difftilt.sampling.protocol import Sampler
@@ -65,6 +66,36 @@ def train(
         return train_task(
             task, method, typed.training, directory, laws=laws_of(part), resume=resume, hooks=hooks, world=world
         )
+
+
+def fit(
+    recipe: RecipeLike,
+    output: str | Path | None = None,
+    *,
+    progress: Progress | None = None,
+    overrides: Sequence[str] = (),
+    **settings: object,
+) -> FitResult:
+    """Fit a steerer that has a learned part, on the training prompts; the weights of the model stay as they are.
+
+    Args:
+        recipe: what to fit, with a section ``steerer``; ``steering.prompts`` takes the place of the training prompts.
+        output: new directory for ``config.yaml``, ``result.json`` and ``fitted.safetensors``, which ``steering.fitted``
+            names when steering; None writes nothing.
+        progress: called after every round with its number, the number of rounds and None.
+        overrides: ``dotted.key=value``, as on the command line.
+        settings: the same by keyword.
+
+    Raises:
+        UserError: for everything that is wrong before any work is done, a steerer that learns nothing included.
+    """
+    typed = _typed(recipe, overrides, settings)
+    if output is not None:
+        check_free(Path(output))
+    result = fit_recipe(typed, progress)
+    if output is not None:
+        result.save(typed.to_yaml(), Path(output))
+    return result
 
 
 def steer(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from difftilt.checks.proof import Result
+    from difftilt.recipes.schema import Recipe
 
 app = typer.Typer(
     name="difftilt",
@@ -80,20 +81,34 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a model.
+    """Fine-tune a model; of a recipe with a steerer fit what the steerer learns (steering.fitted=DIR then reads it).
 
     The fields that can be set with key=value: `difftilt describe NAME` shows those of a method (method.FIELD) or of a
     testbed (testbed.FIELD); `difftilt list methods` and `difftilt list recipes` show what there is; the loop's own are
     training.iterations, training.seed, training.optimizer.lr and so on (`difftilt describe training`).
     """
     from difftilt import api, tables
+    from difftilt.recipes.schema import load_recipe
 
     chosen = [*(overrides or []), *_shortcuts(iterations=iterations, seed=seed)]
-    result = api.train(recipe, output, resume=resume, overrides=chosen, hooks=[_progress])
+    typed = load_recipe(recipe, chosen)
+    if typed.steerer is not None:
+        _fit(typed, output, resume)
+        return
+    result = api.train(typed, output, resume=resume, hooks=[_progress])
     if not result.run.world.main:
         return
     _print(tables.train_report(result.before, result.after, result.verdicts))
     _print(f"run directory: {output}")
+
+
+def _fit(recipe: "Recipe", output: Path, resume: bool) -> None:
+    from difftilt import api, tables
+
+    if resume:
+        raise UserError("train: the fit of a steerer has no checkpoints to resume from: leave out --resume")
+    _print(tables.fit_report(api.fit(recipe, output, progress=_steps)))
+    _print(f"steer with it: steering.fitted={output}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ from difftilt.checks.proof import Result
 from difftilt.config import Config
 from difftilt.errors import UserError
 from difftilt.leaves import ROOMS, Leaf, cards, load, nearest
+from difftilt.recipes.fitting import FitResult
 from difftilt.recipes.loading import packaged, read
 from difftilt.recipes.parts import config_of
 from difftilt.recipes.schema import SteeringConfig
@@ -86,6 +87,12 @@ def train_report(
         for v in last.values()
     ]
     return Group(metric_table({"before": before, "after": after}), *notes)
+
+
+def fit_report(result: FitResult) -> RenderableType:
+    """Metrics of a fit, and what it cost."""
+    cost = ", ".join(f"{name} {count}" for name, count in asdict(result.ledger).items())
+    return Group(metric_table({"fit": result.metrics}), Text(f"cost: {cost}"))
 
 
 def steer_report(summary: Mapping[str, Any]) -> RenderableType:

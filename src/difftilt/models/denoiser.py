@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from difftilt.errors import UserError
 from difftilt.models.ledger import Ledger
@@ -169,3 +169,9 @@ def denoiser(
         null_condition=model.null_condition,
         forward_batch=forward_batch,
     )
+
+
+def device_of(network: Network) -> torch.device:
+    """Where the network's weights lie; the CPU for one without weights."""
+    weights = list(network.parameters()) if isinstance(network, nn.Module) else []
+    return weights[0].device if weights else torch.device("cpu")

@@ -106,8 +106,9 @@ def require(recipe: Recipe, section: Literal["method", "steerer"]) -> Part:
     """
     part = recipe.method if section == "method" else recipe.steerer
     if part is None:
-        other, command = ("steerer", "steer") if section == "method" else ("method", "train")
-        raise UserError(f"{recipe.source} has a section {other!r}, not {section!r}: use `difftilt {command}`")
+        other = "steerer" if section == "method" else "method"
+        remedy = "`difftilt steer`, or difftilt.fit" if section == "method" else "`difftilt train`"
+        raise UserError(f"{recipe.source} has a section {other!r}, not {section!r}: use {remedy}")
     return part
 
 

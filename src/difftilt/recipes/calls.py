@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -14,6 +15,7 @@ from difftilt.leaves import find
 from difftilt.models.denoiser import denoiser
 from difftilt.models.protocol import GenerativeModel
 from difftilt.recipes.building import build_task, check_needs, require
+from difftilt.recipes.fitting import load_fitted
 from difftilt.recipes.parts import read_part
 from difftilt.recipes.prompts import prompts_of
 from difftilt.recipes.schema import Recipe, SteeringConfig
@@ -126,6 +128,8 @@ def _task(
 def run_call(call: SteerCall, progress: Progress | None = None) -> SteerResult:
     """Run it, within its budget."""
     task, steering = call.task, call.steering
+    if steering.fitted is not None:
+        load_fitted(call.steerer, Path(steering.fitted))
     if isinstance(task.model.network, nn.Module):
         task.model.network.to(steering.device)
     denoise = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=steering.forward_batch)

@@ -34,6 +34,8 @@ class SteeringConfig(Config):
     invalid: Literal["error", "mask"] = "error"
     """What a reward without a finite score does: ``error`` ends the call, ``mask`` counts the sample and never chooses
     it."""
+    fitted: Annotated[str, Field(min_length=1)] | None = None
+    """Directory that ``difftilt train`` wrote for this steerer, whose learned part is used; null fits if needed."""
 
 
 class RewardWeights(Config):

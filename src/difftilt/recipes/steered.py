@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,23 @@ class SteerResult:
             config: text of the resolved recipe.
             output: directory that does not exist or is empty.
         """
-        staging = output.with_name(f".{output.name}.{os.getpid()}")
-        staging.mkdir(parents=True)
-        try:
+        with staged(output) as staging:
             (staging / "config.yaml").write_text(config, encoding="utf-8")
             (staging / "result.json").write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
             save_file(_tensors(self.steered) | self.look.tensors(), staging / "samples.safetensors")
             save_look(staging, "samples", self.steered.media, self.look)
-            staging.replace(output)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def staged(output: Path) -> Generator[Path, None, None]:
+    """A directory to write to, which becomes ``output`` when all is written, and is gone if anything fails."""
+    staging = output.with_name(f".{output.name}.{os.getpid()}")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        staging.replace(output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def heaviest(group: Int[Tensor, " rows"], weight: Float[Tensor, " rows"], prompt: int) -> Int[Tensor, " shown"]:

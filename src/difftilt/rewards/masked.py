@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from difftilt.rewards.compose import WeightedSum
 from difftilt.rewards.protocol import Capabilities, Reward, Samples
 
 
@@ -32,3 +33,12 @@ class Masked:
     def score(self, samples: Samples) -> Float[Tensor, " batch"]:
         scores = self.reward.score(samples)
         return torch.where(scores.isfinite(), scores, torch.nan)
+
+
+def parts_masked(reward: Reward) -> Reward:
+    """A masked sum as the sum of its masked parts, whose scores can then be told apart; any other reward as it is."""
+    if not isinstance(reward, Masked) or not isinstance(reward.reward, WeightedSum):
+        return reward
+    total = reward.reward
+    parts = {name: parts_masked(Masked(part)) for name, part in total.rewards.items()}
+    return WeightedSum(parts, total.weights, total.normalise, total.name)

@@ -1,4 +1,4 @@
-"""Rewards of vectors whose tilted laws have closed forms: linear, quadratic, distance."""
+"""Rewards of vectors: linear and quadratic ones, whose tilted laws have closed forms, distance, and bumps."""
 
 from typing import Literal, assert_never
 
@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difftilt.card import Card
+from difftilt.rewards.base import FunctionReward
 from difftilt.rewards.protocol import Capabilities, Samples
 
 CARD = Card(
@@ -67,6 +68,16 @@ def quadratic(c: Float[Tensor, " dim"]) -> VectorReward:
 def distance(c: Float[Tensor, " dim"]) -> VectorReward:
     """-|x - c|."""
     return VectorReward("distance", c)
+
+
+def bumps() -> FunctionReward:
+    """sin(1.7·x_1 + 0.5)·cos(1.3·x_2) + 0.15·x_1: hills and valleys, of which a blurred prediction says little."""
+
+    def score(samples: Samples) -> Float[Tensor, " batch"]:
+        first, second = samples.media[:, 0], samples.media[:, 1]
+        return (1.7 * first + 0.5).sin() * (1.3 * second).cos() + 0.15 * first
+
+    return FunctionReward("bumps", score, Capabilities(differentiable=True))
 
 
 def vector(kind: VectorKind, point: list[float]) -> VectorReward:

@@ -31,6 +31,7 @@ from difftilt.statistics.folds import (
     segment_sum,
 )
 from difftilt.statistics.moments import FrechetReference, FrechetState, SetMoments
+from difftilt.statistics.ranking import TopKeep, kendall_tau, relative_increase, top_keep
 from difftilt.statistics.sets import (
     coverage,
     covered,
@@ -57,6 +58,7 @@ __all__ = [
     "RecomputedState",
     "SetMoments",
     "SetState",
+    "TopKeep",
     "compact",
     "correlation",
     "coverage",
@@ -68,6 +70,7 @@ __all__ = [
     "frechet_from_moments",
     "group_diversity",
     "histogram",
+    "kendall_tau",
     "kernel_distance",
     "kl_divergence",
     "mean_group_diversity",
@@ -77,6 +80,7 @@ __all__ = [
     "polynomial_kernel",
     "random_directions",
     "rbf_kernel",
+    "relative_increase",
     "segment_count",
     "segment_logmeanexp",
     "segment_max",
@@ -88,6 +92,7 @@ __all__ = [
     "sequence_codes",
     "sliced_wasserstein",
     "tilted",
+    "top_keep",
     "total_variation",
     "vendi_score",
     "wasserstein_1d",

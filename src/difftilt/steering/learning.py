@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from difftilt.errors import RewardError, UserError
+from difftilt.models.denoiser import device_of
 from difftilt.models.ledger import Ledger
 from difftilt.models.process_reward import ProcessReward, process_reward_for
 from difftilt.models.protocol import Denoiser, Stateful
@@ -18,7 +19,7 @@ from difftilt.rewards.protocol import Reward
 from difftilt.sampling.noise import Apart
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.sampling.rollout import start_state
-from difftilt.steering.particles import Chain, bind, device_of
+from difftilt.steering.particles import Chain, bind
 from difftilt.steering.protocol import Progress
 from difftilt.steering.valuing import Valued, value_of
 from difftilt.training.process_reward import condition_of

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from difftilt.errors import GuardError, UserError
+from difftilt.models.denoiser import device_of
 from difftilt.models.ledger import Ledger
-from difftilt.models.protocol import Denoiser, Network
+from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.presets import Preset, euler
 from difftilt.sampling.protocol import Guide, Moment, NoiseSource, Step
@@ -135,12 +136,6 @@ def start(
     condition = take(to_device(task.model.encode(prompts), device), chain.group)
     origin = torch.arange(size, device=device).repeat(len(prompts))
     return chain, Particles(x, chain.group, condition, log_weight, memory={"origin": origin})
-
-
-def device_of(network: Network) -> torch.device:
-    """Where the network's weights lie; the CPU for one without weights."""
-    weights = list(network.parameters()) if isinstance(network, nn.Module) else []
-    return weights[0].device if weights else torch.device("cpu")
 
 
 def bind(reward: Reward, task: Task, prompts: Sequence[str], denoise: Denoiser) -> LatentReward:

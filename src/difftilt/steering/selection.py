@@ -53,9 +53,22 @@ def kept(count: int, fraction: float) -> int:
     return max(1, round(count * fraction))
 
 
+def survivors(scores: Float[Tensor, "groups size"], fraction: float) -> Int[Tensor, "groups kept"]:
+    """Places of the best ``kept(size, fraction)`` of each group, in ascending order; of equal scores the first."""
+    return top(scores, kept(scores.shape[-1], fraction)).sort(-1).values
+
+
 def rank_sum(scores: Float[Tensor, "terms groups size"]) -> Float[Tensor, "groups size"]:
     """Sum over the terms of each row's rank in its group, 0 for the lowest; of equal scores the later ranks higher.
 
     It fuses rewards whose scales have nothing in common.
     """
     return scores.argsort(dim=-1, stable=True).argsort(dim=-1).sum(0).double()
+
+
+def fused(scores: Float[Tensor, "terms groups size"]) -> Float[Tensor, "groups size"]:
+    """One term as it is, several by the sum of their ranks; a row that misses one score (NaN) is missing, float64."""
+    if len(scores) == 1:
+        return scores[0].double()
+    missing = scores.isnan()
+    return torch.where(missing.any(0), torch.nan, rank_sum(torch.where(missing, -torch.inf, scores)))

@@ -53,8 +53,9 @@ class Config(BaseConfig):
     """Of the Flow-SDE."""
     guidance: float = Field(default=1.0, ge=0)
     """Scale of classifier-free guidance; 1 is off."""
-    reward: Literal["digit", "ink", "symmetry"] = "digit"
-    """Probability of the prompted digit under the frozen classifier, mean brightness, or left-right symmetry."""
+    reward: Literal["digit", "margin", "ink", "symmetry"] = "digit"
+    """Probability of the prompted digit under the frozen classifier, the margin of its logit, mean brightness, or
+    left-right symmetry."""
 
 
 class Digits:
@@ -82,6 +83,7 @@ class Digits:
         digits = dict(zip(all_prompts(), digit_of(all_prompts()).tolist(), strict=True))
         return {
             "digit": ClassifierReward(first, digits, probability=True, name="digit"),
+            "margin": ClassifierReward(first, digits, margin=True, name="margin"),
             "ink": ink(),
             "symmetry": symmetry(),
             "heldout_digit": ClassifierReward(second, digits, probability=True, name="heldout_digit"),
@@ -89,9 +91,11 @@ class Digits:
         }
 
     def task(self) -> Task:
-        """A new copy of the pretrained model with its reward; the other rewards are held out."""
+        """A new copy of the pretrained model with its reward; the other rewards are held out, but for the margin."""
         config = self.config
         rewards = self.rewards()
+        reward = rewards.pop(config.reward)
+        rewards.pop("margin", None)  # it would say what "digit" says
         model = GenerativeModel(
             network=from_pretrained(CHECKPOINT),
             process=RectifiedFlow(),
@@ -104,7 +108,7 @@ class Digits:
         return Task(
             name="digits",
             model=model,
-            reward=rewards.pop(config.reward),
+            reward=reward,
             prompts=[prompt for prompt in all_prompts() if prompt not in HELDOUT],
             heldout_prompts=[prompt for prompt in all_prompts() if prompt in HELDOUT],
             sampler=Sampler(

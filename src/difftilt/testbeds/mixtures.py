@@ -23,7 +23,7 @@ from difftilt.process.grid import uniform_grid
 from difftilt.process.protocol import Condition
 from difftilt.rewards import as_reward
 from difftilt.rewards.protocol import Reward, Samples
-from difftilt.rewards.vector import distance, linear, quadratic
+from difftilt.rewards.vector import bumps, distance, linear, quadratic
 from difftilt.sampling.exact import ExactAncestral
 from difftilt.sampling.kernels import DDIM, FlowSDE
 from difftilt.sampling.noise import Noise
@@ -77,9 +77,10 @@ class Config(BaseConfig):
     """Stochastic kernel of plain sampling: Flow-SDE, DDIM with eta 1, or the exact reverse step."""
     noise_level: float = Field(default=0.7, gt=0)
     """Of the Flow-SDE."""
-    reward: Literal["linear", "quadratic", "distance", "frechet", "vendi"] = "distance"
-    """b·x, -|x - c|², -|x - c|, whose tilted law has no closed form; or of a set of samples minus the squared Fréchet
-    distance to N(c, reference_std²·I), or the effective number of different samples. Sets have no tilted law."""
+    reward: Literal["linear", "quadratic", "distance", "bumps", "frechet", "vendi"] = "distance"
+    """b·x, -|x - c|², or -|x - c| and ``bumps``, hills and valleys, whose tilted laws have no closed form; or of a set
+    of samples minus the squared Fréchet distance to N(c, reference_std²·I), or the effective number of different
+    samples. Sets have no tilted law."""
     reference_std: float = Field(default=0.5, gt=0)
     """Of the law that ``frechet`` compares with."""
     embedding: Literal["modes", "coordinates"] = "modes"
@@ -161,6 +162,8 @@ class Mixtures:
             return variety(self.mixture if self.config.embedding == "modes" else None)
         if self.config.reward == "linear":
             return linear(self.direction)
+        if self.config.reward == "bumps":
+            return bumps()
         return quadratic(self.centre) if self.config.reward == "quadratic" else distance(self.centre)
 
     def task(self) -> Task:

@@ -19,6 +19,7 @@ from difftilt.evaluation.report.tolerant import (
     read_object,
     read_plain,
 )
+from difftilt.recipes.fitting import FITTED
 from difftilt.recipes.loading import read
 from difftilt.training.monitors import MonitorConfig, Verdict, judge, summarise
 
@@ -128,6 +129,8 @@ def _no_run(path: Path) -> str | None:
         there = {entry.name for entry in path.iterdir()}
     except OSError as error:
         return f"run {path} cannot be read ({error.strerror}): name another directory"
+    if FITTED in there:
+        return f"{path} holds what a steerer has learned, and no samples: name what `difftilt steer` wrote with it"
     if there.isdisjoint((*OF_TRAINING, *OF_STEERING, "config.yaml")):
         return f"{path} is no run directory (it has neither config.yaml nor metrics.jsonl): name a run"
     return None
