@@ -133,6 +133,22 @@ is up to 25, and nothing like it is seen here. What can be counted:
 
 So a large factor is to be expected where the signal of the policy gradient drowns, which it does in the 3072 dimensions
 of [forward_process](#forward_process).""",
+    "steering_sequences": """The tilted law of the sampler's own chain is enumerated, so `to_target` is the total
+variation of 512 samples to it; 512 independent draws of the target itself are at 0.183 ± 0.014. The mean reward under
+the target is 3.60: a member far above it searches, it does not sample. svdd with draws of x_0 is at that floor, and its
+value from the most likely completion stops at 0.31 whatever it is paid: the bias of the value, not of the selection.
+fk-steering comes near. best-of-n and dts-star climb past the target. dts pays for one tree of about a hundred rollouts
+for each single sample, which is the use it is least made for: from one tree any number of samples is free.""",
+    "steering_mixtures": """`to_target` is the energy distance of 512 samples to exact draws of the tilted law; as many
+independent draws of it are at 0.053 ± 0.017, and their mean reward is 1.81.""",
+    "steering_digits": """The reward is the left-right symmetry of an image (0 is perfect). Settings are those of
+[digits](#digits), but with the kernel of plain stochastic sampling for all steerers and fewer evaluations. The last
+table and the second picture answer from how many samples on training is the cheaper way to a mean reward. At the
+highest reward that it reaches here, flow-grpo pays from 380 samples on against best-of-n and from 2 800 on against
+svdd, diffusion-nft from 1 800 and 9 500: the better the search, the later training pays. Equal reward is not equal
+quality: trained samples of one prompt are more alike (`diversity`), and near -0.13 best-of-n keeps `heldout_digit` at
+0.70 where diffusion-nft has 0.68 and flow-grpo 0.67. Training may also go on to rewards that no search reaches at a
+price anybody pays; up to -0.114 only dts does not follow.""",
     "policy_gradient": """The policy-gradient family on the verifier's dense score and the test prompts: one loss
 (`guard`), exact KL 0.3, noise level 0.7 and optimiser for all; settings are those of `shapes/flow-grpo`, chosen on
 validation prompts for flow-grpo and not tuned for the others, but for g2rpo, see below. Differences are small beside

@@ -13,8 +13,10 @@ from difftilt.errors import UserError
 from difftilt.recipes import load_recipe
 from difftilt.recipes.fitting import FITTED
 
-TINY = ["steerer.images=12", "steerer.validation_images=4", "steerer.epochs=1", "steerer.warm_up_epochs=1"]
-TINY += ["testbed.steps=8", "steerer.particles=8", "steerer.hidden=4", "steering.forward_batch=16"]
+TINY = [
+    *("steerer.images=12", "steerer.validation_images=4", "steerer.epochs=1", "steerer.warm_up_epochs=1"),
+    *("testbed.steps=8", "steerer.particles=8", "steerer.hidden=4", "steering.forward_batch=16"),
+]
 
 
 @pytest.fixture
@@ -60,12 +62,12 @@ def test_what_a_user_can_get_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"or difftilt\.fit"):
         package.train("mixtures/ttsnap", tmp_path / "fit")
     with pytest.raises(UserError, match="BestOfN learns nothing"):
-        package.steer("mixtures/best-of-n", **{"steering.fitted": str(tmp_path)})
+        package.steer("mixtures/best-of-n", overrides=[f"steering.fitted={tmp_path}"])
     with pytest.raises(UserError, match=rf"there is no {FITTED} in it; `difftilt train` makes it"):
-        package.steer("mixtures/ttsnap", **{"steering.fitted": str(tmp_path)})
+        package.steer("mixtures/ttsnap", overrides=[f"steering.fitted={tmp_path}"])
     (tmp_path / FITTED).write_bytes(b"damaged")
     with pytest.raises(UserError, match="cannot be read"):
-        package.steer("mixtures/ttsnap", **{"steering.fitted": str(tmp_path)})
+        package.steer("mixtures/ttsnap", overrides=[f"steering.fitted={tmp_path}"])
     with pytest.raises(UserError, match="exists and is not empty"):
         package.fit("mixtures/ttsnap", tmp_path, overrides=TINY)
     with pytest.raises(UserError, match="what a steerer has learned, and no samples"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -17,8 +18,9 @@ def kendall_tau(predicted: Table, truth: Table) -> Float[Tensor, " groups"]:
     NaN where one of the two is constant.
     """
     pairs = zip(predicted.double().cpu().numpy(), truth.double().cpu().numpy(), strict=True)
-    found = [stats.kendalltau(one, other, nan_policy="omit")[0] for one, other in pairs]
-    return torch.tensor([float(tau) for tau in found], dtype=torch.float64)
+    # scipy is untyped here
+    found = [cast(Any, stats.kendalltau(one, other, nan_policy="omit")).statistic for one, other in pairs]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

@@ -121,11 +121,12 @@ def save_crossover_picture(result: ArenaResult, path: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
     axes, palette = figure.subplots(), colormaps["tab10"]
     methods = list(dict.fromkeys(one.trained for one in found))
-    styles = dict(zip(dict.fromkeys(one.steered for one in found), ("-", "--", ":", "-.") * 9, strict=False))
+    marks = dict(zip(dict.fromkeys(one.steered for one in found), "os^DvPX<>*hd" * 9, strict=False))
     for one in found:
         colour = palette(methods.index(one.trained) % 10)
         x, y = [point.value for point in one.points], [point.cost for point in one.points]
-        axes.plot(x, y, styles[one.steered], color=colour, marker=".", label=plain(f"{one.trained} / {one.steered}"))
+        name = plain(f"{one.trained} / {one.steered}")
+        axes.plot(x, y, color=colour, marker=marks[one.steered], ms=4.5, lw=1, label=name)
     axes.set_yscale("log")
     axes.set_xlabel(f"reward: {plain(result.reward).strip()}")
     axes.set_ylabel(f"samples from which training is cheaper\n(forward passes + {GRADIENT_PASS} · gradient passes)")
