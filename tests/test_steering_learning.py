@@ -9,6 +9,7 @@ import torch
 from difftilt.checks.fk_steering import ring_truth, sequence_truth
 from difftilt.errors import RewardError, UserError
 from difftilt.models.denoiser import denoiser
+from difftilt.models.ledger import Ledger
 from difftilt.process.grid import uniform_grid
 from difftilt.rewards import FunctionReward, Masked
 from difftilt.sampling.noise import Noise
@@ -46,14 +47,16 @@ def test_an_unfitted_steerer_fits_itself_and_pays(truth: Any, bootstrap: int) ->
     """The fit costs its rollouts and their rewards once; decoding then needs only the chosen states' evaluations."""
     task = truth().task
     steps, steerer = len(task.sampler.grid) - 1, svdd(bootstrap=bootstrap)
-    price = steerer.price(steps)
+    price, fit = steerer.price(steps), steerer.fit_price(steps)
     first, second = steer(steerer, task, ["", ""]), steer(steerer, task, ["", ""])
     assert second.ledger.nfe == 4 * steps
     assert second.ledger.reward_calls == 4 * 3
     assert second.ledger.auxiliary_calls == 4 * 3 * (steps - 1)
     assert steerer.price(steps) * 2 == second.ledger
     paid = first.ledger - second.ledger
-    assert price == steerer.price(steps) + paid
+    assert fit == paid
+    assert price == steerer.price(steps)
+    assert steerer.fit_price(steps) == Ledger()
     assert (paid.nfe, paid.reward_calls, paid.auxiliary_calls) == (32 * steps, 32, 4 * 8 * (1 + bootstrap))
     assert torch.equal(first.x_0, second.x_0)
 

@@ -12,22 +12,26 @@ from torch import Tensor
 
 import difftilt
 from difftilt.checks.fk_steering import Truth, ring_truth, sequence_truth, z_score
-from difftilt.errors import RewardError, UserError
-from difftilt.models.denoiser import denoiser
+from difftilt.errors import GuardError, RewardError, UserError
+from difftilt.models.denoiser import NetworkDenoiser, denoiser
 from difftilt.models.ledger import Ledger
-from difftilt.rewards import FunctionReward
+from difftilt.rewards import FunctionReward, Masked, WeightedSum
+from difftilt.rewards.masked import parts_masked
 from difftilt.rewards.protocol import Samples
-from difftilt.sampling.kernels import DDIM
-from difftilt.sampling.noise import Noise
+from difftilt.sampling.kernels import DDIM, FlowSDE
+from difftilt.sampling.noise import Apart, Noise
+from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import NoiseSource
+from difftilt.sampling.rollout import sample, start_state
 from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
 from difftilt.steering.budget import Budget, Meter
 from difftilt.steering.fk_steering import FKSteering, FKSteeringConfig
 from difftilt.steering.protocol import Steered
 from difftilt.steering.svdd import SVDD, SVDDConfig
-from difftilt.steering.within import largest, merged, price_of, scaled, steer_within
+from difftilt.steering.within import fitted_to, largest, merged, price_of, scaled, steer_within
 from difftilt.testbeds.digits import Digits
 from difftilt.training.protocol import Task
+from difftilt.values import ClosedForm, LatentReward, Rollout, Rows
 
 
 def fk(**settings: Any) -> FKSteering:
@@ -116,6 +120,10 @@ def test_rounds_weigh_by_their_estimates_of_z() -> None:
     expected = torch.cat([share[0] * one.weight, share[1] * other.weight])
     torch.testing.assert_close(both.weight, expected)
     torch.testing.assert_close(both.log_z.exp(), torch.tensor([(1 + torch.e) / 2]).double())
+    ones = [replace(steered_of(torch.tensor([1.0, 0.0]), torch.nan)) for _ in range(3)]
+    torch.testing.assert_close(merged(ones).weight, torch.tensor([1 / 3, 0.0] * 3).double())
+    found = merged([replace(one, search=True) for one in ones]).weight
+    assert found.tolist() == [0, 1, 0, 0, 0, 0]
     alike = merged([steered_of(torch.tensor([0.25, 0.75]), torch.nan), steered_of(torch.tensor([0.5, 0.5]), torch.nan)])
     torch.testing.assert_close(alike.weight, torch.tensor([0.125, 0.375, 0.25, 0.25]).double())
 
@@ -154,7 +162,7 @@ def test_seconds_end_a_call_after_a_round() -> None:
     # a reward slower than the budget: the one round that had begun comes out
     late = within(BestOfN(BestOfNConfig(particles=2)), task, 1, Budget(seconds=0.001), FunctionReward("slow", slowly))
     assert len(late.x_0) == 2
-    assert late.complete
+    assert not late.complete
 
 
 def test_an_interrupt_keeps_the_finished_rounds() -> None:
@@ -284,3 +292,73 @@ def test_a_recipe_names_its_own_parts() -> None:
     settings: dict[str, Any] = {"steerer.particles": 3}
     bounded = difftilt.steer("mixtures/best-of-n", prompts=[""], budget={"reward_calls": 3}, **settings)
     assert len(bounded.steered.x_0) == 3
+
+
+def test_rounds_of_one_sample_are_no_search() -> None:
+    """Five rounds of one sample each weigh alike, whatever their rewards."""
+    steered = within(SVDD(SVDDConfig(particles=1, children=2)), ring_truth().task, 2, Budget(nfe=5 * 31))
+    assert len(steered.x_0) == 10
+    torch.testing.assert_close(steered.weight, torch.full((10,), 0.2).double())
+
+
+def test_a_budget_that_bounds_nothing_that_grows_leaves_the_settings() -> None:
+    """A value that reads no prediction makes children free of evaluations."""
+    task, steerer = ring_truth().task, SVDD(SVDDConfig(value="rollout", x0_samples=1))
+    assert fitted_to(steerer, task, denoiser(task.model), task.reward, Budget(seconds=1.0)) is steerer
+    closed = SVDD(SVDDConfig(), value=ClosedForm(lambda x, t, c: x[:, 0]))
+    steered = within(closed, ring_truth().task, 1, Budget(reward_calls=40))
+    assert steered.ledger.reward_calls <= 40
+
+
+def test_a_round_without_a_score_loses_none_of_the_others() -> None:
+    calls = [0]
+
+    def third_fails(samples: Samples) -> Tensor:
+        calls[0] += 1
+        return torch.full((len(samples.media),), torch.nan if calls[0] == 3 else 1.0)
+
+    reward = Masked(FunctionReward("fails", third_fails))
+    steered = within(BestOfN(BestOfNConfig(particles=2)), ring_truth().task, 1, Budget(nfe=10 * 32), reward)
+    assert len(steered.x_0) == 4
+
+
+class Dear:
+    """A value that evaluates the network once more, of which no price knows."""
+
+    def __init__(self, model: NetworkDenoiser) -> None:
+        self.model = model
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: object, prediction: object, rows: Rows) -> Tensor:
+        self.model(x_t, t, None)
+        return x_t[:, 0]
+
+
+def test_a_round_that_costs_more_than_its_price_is_an_error() -> None:
+    task = ring_truth().task
+    model = denoiser(task.model)
+    steerer = SVDD(SVDDConfig(children=2), value=Dear(model))
+    with pytest.raises(GuardError, match="a round cost"), torch.no_grad():
+        steer_within(steerer, task, model, task.reward, [""], Noise(0), budget=Budget(nfe=40))
+
+
+def test_sums_of_rewards_cost_one_call_for_each_part() -> None:
+    task = ring_truth().task
+    total = WeightedSum({"a": FunctionReward("a", left), "b": FunctionReward("b", left)}, {"a": 1.0, "b": 2.0})
+    steerer, model = BestOfN(BestOfNConfig(particles=3)), denoiser(task.model)
+    for reward in (total, parts_masked(Masked(total))):
+        with torch.no_grad():
+            steered = steerer.steer(task, denoiser(task.model), reward, [""], Noise(0))
+        assert steered.ledger == price_of(steerer, task, model, reward) == Ledger(nfe=48, reward_calls=6)
+
+
+def test_a_rollout_of_a_clean_end_is_what_the_sampler_gives() -> None:
+    task = ring_truth().task
+    sampler = replace(task.sampler, kernel=FlowSDE(0.7), solver=None, clean_end=True)
+    model, index = denoiser(task.model), torch.arange(4)
+    rows, reward = Rows(index, index * 0, 0), LatentReward(task.reward, task.model.decode, [""], Ledger())
+    value = Rollout(reward, model, Preset("p", FlowSDE(0.7)), sampler.grid, 1, 1.0, Noise(0), clean_end=True)
+    with torch.no_grad():
+        x = start_state(task.model.process, Noise(0), index, task.model.shape)
+        found = value(x, torch.ones(4), None, None, rows)
+        plain = sample(model, sampler, x, None, noise=Apart(Noise(0), "value 0"), index=index)
+    torch.testing.assert_close(found.float(), plain[:, 0])

@@ -22,6 +22,7 @@ from difftilt.recipes.schema import Recipe, SteeringConfig
 from difftilt.recipes.steered import SteerResult, best_scores, steered_look
 from difftilt.rewards import Masked, as_reward
 from difftilt.rewards.base import ScoreFunction
+from difftilt.rewards.masked import parts_masked
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.presets import default_sampler
@@ -56,7 +57,7 @@ class SteerCall:
     def reward(self) -> Reward:
         """The task's, with NaN for scores that are missing if that was asked for."""
         reward = as_reward(self.task.reward)
-        return Masked(reward) if self.steering.invalid == "mask" else reward
+        return parts_masked(Masked(reward)) if self.steering.invalid == "mask" else reward
 
 
 def call_of_recipe(recipe: Recipe) -> SteerCall:

@@ -86,6 +86,7 @@ class WeightedSum:
             set_valued=all(part.set_valued for part in parts),
             pooled=all(part.pooled for part in parts),
             trained=self.normalise == "running",
+            missing=any(part.missing for part in parts),
             cost=sum(part.cost for part in parts),
         )
 

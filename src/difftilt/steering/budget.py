@@ -67,15 +67,16 @@ class Meter:
         """Since the call began, all prompts together."""
         return self.ledger - self.before
 
-    def allows(self, more: Ledger) -> bool:
+    def allows(self, more: Ledger, *, late: bool = False) -> bool:
         """Whether a round that costs at most ``more``, all prompts together, still fits.
 
-        Of the seconds some must be left: how long a round takes is known only after it.
+        Of the seconds some must be left: how long a round takes is known only after it. ``late`` lets a round begin
+        that is only too late, so that a call has something to show.
         """
         total, budget = self.spent + more, self.budget
         fits = budget.nfe is None or total.nfe <= budget.nfe * self.prompts
         fits = fits and (budget.reward_calls is None or total.reward_calls <= budget.reward_calls * self.prompts)
-        return fits and not self.interrupted and self.in_time
+        return fits and (late or (not self.interrupted and self.in_time))
 
     @property
     def in_time(self) -> bool:
@@ -115,7 +116,7 @@ def spend(
     done, more = 0, True
     while more and done < total:
         units = min(batch, total - done)
-        while units and meter is not None and not meter.allows(cost(units)):
+        while units and meter is not None and not meter.allows(cost(units), late=done == 0):
             units //= 2
         if not units:
             break

@@ -89,7 +89,7 @@ class FKSteering(LearnsValue):
         config, valued = self.config, [value_price(self.config, steps - position) for position in self.times(steps)]
         guided = Ledger(gradient_passes=steps, reward_calls=steps) if config.guide_scale > 0 else Ledger()
         particle = Ledger(nfe=steps, reward_calls=1) + guided + sum(valued, Ledger())
-        return particle * config.particles + self.fit_price(steps)
+        return particle * config.particles
 
     @torch.no_grad()
     def steer(
@@ -159,6 +159,11 @@ class FeynmanKac:
     def copies(self) -> bool:
         """Resampling copies particles, where there are several."""
         return self.config.particles > 1
+
+    @property
+    def searches(self) -> bool:
+        """Where the best alone comes out."""
+        return self.config.output == "best"
 
     def begin(self, particles: Particles) -> Particles:
         """With the memory that the potential needs."""

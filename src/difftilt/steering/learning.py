@@ -61,8 +61,7 @@ class LearnsValue:
         if self.settings.value != "learned":
             return value_of(self.settings, scorer, chain, self.value_temperature)
         if not self._saved:
-            own = list(dict.fromkeys(prompts))
-            self.fit(task, chain.denoise, scorer.reward, own, Apart(chain.noise, "fit"))
+            self.fit_for(task, chain.denoise, scorer.reward, prompts, chain.noise)
         network = self.network(task)
 
         def function(x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -70,10 +69,25 @@ class LearnsValue:
 
         return Learned(Scorer(function, chain.denoise.ledger))
 
+    @property
+    def unfitted(self) -> bool:
+        """Whether there is something to learn that was not learned yet."""
+        return self.value is None and self.settings.value == "learned" and not self._saved
+
+    def fit_for(
+        self, task: Task, denoise: Denoiser, reward: Reward, prompts: Sequence[str], noise: NoiseSource
+    ) -> None:
+        """Fit to the task's training prompts, so that the value is the same for any batch of prompts.
+
+        A task without any, and one with more than there are rollouts, is fitted to what there is room for.
+        """
+        own = list(dict.fromkeys(task.prompts or prompts))[: self.settings.fit_samples]
+        self.fit(task, denoise, reward, own, Apart(noise, "fit"))
+
     def fit_price(self, steps: int) -> Ledger:
-        """What the first call pays for a fit that has not been made, all its prompts together."""
+        """What a fit costs that has not been made; paid once, whatever the prompts."""
         config = self.settings
-        if self.value is not None or config.value != "learned" or self._saved:
+        if not self.unfitted:
             return Ledger()
         trained = config.fit_updates * config.fit_batch * (1 + config.bootstrap)
         return Ledger(config.fit_samples * steps, config.fit_samples, auxiliary_calls=trained)

@@ -65,6 +65,11 @@ class Rule(Protocol):
         """Whether copies of one particle go on side by side after a visit: then they must be able to part."""
         ...
 
+    @property
+    def searches(self) -> bool:
+        """Whether the final weights only name the best."""
+        ...
+
     def branch(self, position: int, size: int) -> int:
         """Children of each of ``size`` particles per prompt in the step from grid point ``position``."""
         ...
@@ -101,6 +106,11 @@ class Unselective:
 
     best: bool = True
     copies: bool = False
+
+    @property
+    def searches(self) -> bool:
+        """It does where the best takes all."""
+        return self.best
 
     def branch(self, position: int, size: int) -> int:
         """One child each."""
@@ -241,6 +251,7 @@ def _finish(rule: Rule, chain: Chain, particles: Particles, reward: LatentReward
         ancestors=torch.stack([one.ancestors for one in log]) if log else counts.invalid.new_zeros(0, prompts),
         ledger=chain.ledger,
         invalid=counts.invalid,
+        search=rule.searches,
     )
 
 

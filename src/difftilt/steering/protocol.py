@@ -62,6 +62,7 @@ class Steered:
         ledger: NFE and reward calls of the whole call.
         components: further scores of each particle by name (the objectives of a Pareto search), (particles,).
         invalid: for each prompt how many scores were missing and counted as the worst; None where none could be.
+        search: the weights name the best sample; they are not those of a law.
         complete: False if the call was ended early, by Ctrl-C or because its seconds were over.
     """
 
@@ -77,6 +78,7 @@ class Steered:
     ledger: Ledger
     components: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     invalid: Tensor | None = None
+    search: bool = False
     complete: bool = True
 
 

@@ -99,6 +99,7 @@ class Pruning:
 
     schedule: Schedule
     copies: bool = field(default=False, init=False)
+    searches: bool = field(default=True, init=False)
 
     def branch(self, position: int, size: int) -> int:
         """One child each."""

@@ -109,4 +109,5 @@ class _Column:
 def _half(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_floating_point:
         return torch.float16
-    return dtype if dtype == torch.bool else torch.int16
+    # vocabularies may have more than 32 768 tokens
+    return dtype if dtype == torch.bool else torch.int32

@@ -69,8 +69,10 @@ class SVDD(LearnsValue):
 
     def price(self, steps: int) -> Ledger:
         """Every child is valued."""
-        particle = branching_price(self.config, self.config.children, steps)
-        return particle * self.config.particles + self.fit_price(steps)
+        config = self.config
+        if config.children == 1 and not (config.resample_batch and config.particles > 1):
+            return Ledger(nfe=steps, reward_calls=1) * config.particles  # nothing is valued before the end
+        return branching_price(config, config.children, steps) * config.particles
 
     @torch.no_grad()
     def steer(
@@ -109,6 +111,11 @@ class SoftValue:
         """SVDD-R copies samples."""
         return self.config.resample_batch and self.config.particles > 1
 
+    @property
+    def searches(self) -> bool:
+        """It samples."""
+        return False
+
     def branch(self, position: int, size: int) -> int:
         """M children."""
         return self.config.children
@@ -130,7 +137,7 @@ class SoftValue:
         if self.copies and not visit.final:
             particles = self._anew(chain, particles, scores, visit.position)
         # a parent without one judged child counts none
-        counted = effective_sample_size(table / (config.temperature or 1.0)).nan_to_num(0.0)
+        counted = effective_sample_size(table / (config.temperature or 1e-12)).nan_to_num(0.0)
         return Selected(chain, particles, counted.reshape(within.shape).mean(-1))
 
     def _anew(

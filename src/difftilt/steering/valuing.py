@@ -100,4 +100,5 @@ def value_of(config: Valued, reward: LatentReward, chain: Chain, temperature: fl
             )
         return SampledX0(reward, config.x0_samples, temperature, chain.noise)
     assert config.value == "rollout"
-    return Rollout(reward, chain.denoise, chain.preset, chain.grid, config.x0_samples, temperature, chain.noise)
+    draws, clean = config.x0_samples, chain.last is not None
+    return Rollout(reward, chain.denoise, chain.preset, chain.grid, draws, temperature, chain.noise, clean_end=clean)

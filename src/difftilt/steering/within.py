@@ -14,13 +14,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from difftilt.config import Config
-from difftilt.errors import UserError
+from difftilt.errors import GuardError, RewardError, UserError
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.noise import Apart
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.steering.budget import Budget, Meter, branches, metered, parts_of
+from difftilt.steering.learning import LearnsValue
 from difftilt.steering.protocol import Anytime, Progress, Steered, Steerer
 from difftilt.training.protocol import Task
 
@@ -74,11 +75,14 @@ def steer_within(
         UserError: if the budget is below the least that the steerer can spend.
     """
     call = _Call(steerer, task, denoise, reward, prompts, noise, index, progress)
+    if not is_anytime(steerer) and (budget is None or not budget.bounded):
+        return call.run(steerer)
+    if isinstance(steerer, LearnsValue) and steerer.unfitted:
+        # paid once for all calls, beside the budget and in the same ledger
+        steerer.fit_for(task, denoise, reward, prompts, noise)
     with metered(budget, denoise.ledger, len(prompts)) as meter:
         if is_anytime(steerer):
             return call.run(steerer, meter=meter)
-        if not meter.budget.bounded:
-            return cast(Steerer, steerer).steer(task, denoise, reward, prompts, noise, index=index, progress=progress)
         if not isinstance(steerer, Priced):
             name = type(steerer).__name__
             raise UserError(f"{name} says neither what it costs nor when it can end: leave the budget out")
@@ -112,8 +116,19 @@ def _rounds(call: _Call, steerer: Priced, meter: Meter) -> Steered:
     counted = meter.budget.nfe is not None or meter.budget.reward_calls is not None
     alone = counted and meter.budget.seconds is None and sized is not steerer
     while (meter.allows(price) if parts else True) and not (alone and parts):
-        parts.append(call.run(sized, Apart(call.noise, f"round {len(parts)}") if parts else None))
-    return replace(merged(parts), ledger=meter.spent, complete=not meter.interrupted)
+        try:
+            part = call.run(sized, Apart(call.noise, f"round {len(parts)}") if parts else None)
+        except RewardError:
+            if not parts:
+                raise
+            break  # a round without one score loses none of the others
+        if part.ledger.nfe > price.nfe or part.ledger.reward_calls > price.reward_calls:
+            raise GuardError(
+                f"a round cost {part.ledger}, and its price is {price}: a value or guide of one's own has none"
+            )
+        parts.append(part)
+    ended = meter.interrupted or not meter.in_time
+    return replace(merged(parts), ledger=meter.spent, complete=not ended)
 
 
 def scaled_by(config: Config | type[Config]) -> str | None:
@@ -152,9 +167,16 @@ def fitted_to(steerer: Priced, task: Task, denoise: Denoiser, reward: Reward, bu
             f"{f'{name} = 1' if free else 'these settings'} can cost {price.nfe} network evaluations and "
             f"{price.reward_calls} reward calls for each prompt"
         )
-    if not free or (budget.nfe is None and budget.reward_calls is None):
-        return steerer
+    if not (free and _grows(steerer, task, denoise, reward, budget)):
+        return steerer if fits(steerer) else least
     return scaled(steerer, largest(lambda count: fits(scaled(steerer, count))))
+
+
+def _grows(steerer: Priced, task: Task, denoise: Denoiser, reward: Reward, budget: Budget) -> bool:
+    """Whether more particles (or children) cost more of what is bounded."""
+    one, two = (price_of(scaled(steerer, count), task, denoise, reward) for count in (1, 2))
+    evaluations = budget.nfe is not None and two.nfe > one.nfe
+    return evaluations or (budget.reward_calls is not None and two.reward_calls > one.reward_calls)
 
 
 def scaled(steerer: Priced, count: int) -> Priced:
@@ -167,9 +189,11 @@ def scaled(steerer: Priced, count: int) -> Priced:
 
 
 def largest(fits: Callable[[int], bool]) -> int:
-    """The largest count that fits, of a cost that grows with it; 1 fits."""
+    """The largest count that fits, of a cost that grows with it; 1 fits, and more than 2^20 are never meant."""
     high = 2
     while fits(high):
+        if high > 1 << 20:
+            raise UserError("this budget does not bound the steerer: its cost hardly grows; bound another currency")
         high *= 2
     low = high // 2
     while high - low > 1:
@@ -182,14 +206,15 @@ def merged(parts: Sequence[Steered]) -> Steered:
     """Independent rounds as one outcome.
 
     Where every round estimates Z, a round weighs as much as its estimate, and the estimates are averaged: the union is
-    then weighted as one large sample is. A search (all weight on the best) keeps the best of all rounds. Otherwise
-    rounds weigh alike.
+    then weighted as one large sample is. A search keeps the best of all rounds. Otherwise rounds weigh alike, or by the
+    number of their samples that have a score.
     """
     if len(parts) == 1:
         return parts[0]
     prompts = len(parts[0].log_z)
     log_z = torch.stack([part.log_z for part in parts])
-    share = torch.where(log_z.isnan(), 0.0, log_z).softmax(0)
+    known = torch.stack([_known(part, prompts) for part in parts])
+    share = torch.where(log_z.isnan(), known.log(), log_z).softmax(0)
     group = torch.cat([part.group for part in parts])
     # prompts outermost, as in one round
     order = group.argsort(stable=True)
@@ -200,7 +225,7 @@ def merged(parts: Sequence[Steered]) -> Steered:
     weight = torch.cat([part.weight * share[number, part.group] for number, part in enumerate(parts)])[order]
     group, rewards = group[order], column("rewards")
     best = _best(group, rewards, prompts)
-    if all(bool((part.weight[part.best] == 1).all()) for part in parts):
+    if all(part.search for part in parts):
         weight = torch.zeros_like(weight)
         weight[best] = 1.0
     invalid = [part.invalid for part in parts if part.invalid is not None]
@@ -218,6 +243,12 @@ def merged(parts: Sequence[Steered]) -> Steered:
         components={key: torch.cat([part.components[key] for part in parts])[order] for key in parts[0].components},
         invalid=torch.stack(invalid).sum(0) if invalid else None,
     )
+
+
+def _known(part: Steered, prompts: int) -> Tensor:
+    """Samples of each prompt that have a score, float64."""
+    mine = part.group == torch.arange(prompts, device=part.group.device)[:, None]
+    return (mine & ~part.rewards.isnan()).sum(1).double()
 
 
 def _best(group: Tensor, rewards: Tensor, prompts: int) -> Int[Tensor, " prompts"]:

@@ -24,7 +24,8 @@ from difftilt.sampling.kernels import Euler
 from difftilt.sampling.noise import Apart, copies
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import NoiseSource
-from difftilt.sampling.rollout import rollout
+from difftilt.sampling.rollout import PLAIN, Plan, rollout
+from difftilt.sampling.windows import window_mask
 from difftilt.trees import take
 from difftilt.values.protocol import Rows
 
@@ -116,6 +117,7 @@ class Rollout:
     Attributes:
         reward: of latents.
         denoise, preset, grid: the chain to complete; ``rows.step`` is the place on the grid.
+        clean_end: the last step follows the ODE, as the sampler's does.
         count, temperature, noise, soft: as in :class:`SampledX0`.
     """
 
@@ -127,6 +129,7 @@ class Rollout:
     temperature: float
     noise: NoiseSource
     soft: bool = True
+    clean_end: bool = False
     reads_prediction: ClassVar[bool] = False
 
     def __call__(
@@ -135,6 +138,7 @@ class Rollout:
         if rows.step >= len(self.grid) - 1:
             return self.reward(x_t, rows.prompt)
         again, index = copies(rows.index, self.count)
+        left = len(self.grid) - 1 - rows.step
         path = rollout(
             self.denoise,
             self.preset,
@@ -143,6 +147,7 @@ class Rollout:
             take(condition, again),
             noise=Apart(self.noise, f"value {rows.step}"),
             index=index,
+            plan=Plan(stochastic=window_mask(left, 0, left - 1)) if self.clean_end else PLAIN,
         )
         scores = self.reward(path.x_0, rows.prompt[again])
         return average(scores.reshape(len(x_t), self.count), self.temperature, self.soft)

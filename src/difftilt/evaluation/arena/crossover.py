@@ -40,12 +40,14 @@ class Crossover:
         trained, steered: their names.
         points: value of the reward, and the number of samples from which training to it is the cheaper way.
         beyond: values that training reached and steering, at the costs that were tried, did not.
+        never: values that steering reaches at no more than plain sampling costs: training never pays.
     """
 
     trained: str
     steered: str
     points: tuple[Point, ...]
     beyond: tuple[float, ...]
+    never: tuple[float, ...] = ()
 
 
 def crossovers(result: ArenaResult) -> list[Crossover]:
@@ -71,13 +73,16 @@ def _crossover(
 ) -> Crossover:
     points: list[Point] = []
     beyond: list[float] = []
+    never: list[float] = []
     for one in training:
         cost = cost_of(one.value, steering)
         if cost is None:
             beyond.append(one.value)
         elif cost > sampling:
             points.append(Point(one.value, one.cost / (cost - sampling)))
-    return Crossover(trained, steered, tuple(points), tuple(beyond))
+        else:
+            never.append(one.value)
+    return Crossover(trained, steered, tuple(points), tuple(beyond), tuple(never))
 
 
 def rising(curve: Sequence[Point], above: float = -math.inf) -> list[Point]:
@@ -92,7 +97,8 @@ def rising(curve: Sequence[Point], above: float = -math.inf) -> list[Point]:
 def cost_of(value: float, curve: Sequence[Point]) -> float | None:
     """The cost at which a rising curve reaches a value, between two points by the logarithm of the cost.
 
-    Below its first point it is the first point's cost, an upper bound; above its last it is not known: None.
+    Below its first point it is the first point's cost, an upper bound (and what follows from it a lower one); above its
+    last it is not known: None.
     """
     if not curve or value > curve[-1].value:
         return None

@@ -21,6 +21,7 @@ from difftilt.recipes.parts import Part
 from difftilt.rewards import as_reward
 from difftilt.sampling.protocol import Sampler
 from difftilt.steering.budget import Budget, price
+from difftilt.steering.learning import LearnsValue
 from difftilt.steering.protocol import Steered, Steerer
 from difftilt.steering.within import Priced, is_anytime, largest, price_of, scaled_by, steer_within
 from difftilt.training.loop import Loop
@@ -76,7 +77,9 @@ def plan_of(stage: Stage, member: Member) -> Plan:
     if member.steerer is not None:
         count = stage.arena.config.samples
         what = "one rollout" if in_rounds(member) else f"{scaled_by(member.steerer.config)} = 1"
-        return Plan(Ledger(), _price(stage, member, 1) * count, 1, f"{what} for each of {count} samples")
+        return Plan(
+            _fit_price(stage, member), _price(stage, member, 1) * count, 1, f"{what} for each of {count} samples"
+        )
     if member.method is not None:
         loop = stage.loop(member, seed)
         fixed = stage.sampling(loop.run, loop.method.evaluated_role, loop.method.sampler(loop.run.task)).cost
@@ -170,6 +173,13 @@ def _price(stage: Stage, member: Member, amount: int) -> Ledger:
     return price_of(steerer, task, model, as_reward(task.reward))
 
 
+def _fit_price(stage: Stage, member: Member) -> Ledger:
+    """What is paid once, before the first sample."""
+    task = stage.task(member)
+    steerer = None if member.steerer is None or in_rounds(member) else member.steerer.build(task)
+    return steerer.fit_price(len(task.sampler.grid) - 1) if isinstance(steerer, LearnsValue) else Ledger()
+
+
 def _sized(part: Part, amount: int) -> Part:
     """A steerer with another number of particles, or of what else a budget decides."""
     return replace(part, config=type(part.config)(**(part.config.model_dump() | {str(scaled_by(part.config)): amount})))
@@ -179,7 +189,8 @@ def _amount(stage: Stage, member: Member, plan: Plan, currency: Currency, budget
     """What of a budget, by default the arena's, a steerer may use for each sample."""
     budget, count = stage.arena.config.budget(currency) if budget is None else budget, stage.arena.config.samples
     if not in_rounds(member):
-        return largest(lambda amount: spent(_price(stage, member, amount) * count, currency) <= budget)
+        fit = _fit_price(stage, member)
+        return largest(lambda amount: spent(_price(stage, member, amount) * count + fit, currency) <= budget)
     each = budget // count
     return Budget(nfe=each) if currency == "evaluations" else Budget(reward_calls=each)
 

@@ -128,7 +128,7 @@ def _pays(crossed: Sequence[Crossover]) -> Grid:
     for one in crossed:
         last = one.points[-1] if one.points else None
         cells = ["", ""] if last is None else [f"{last.value:.3g}", f"{grouped(max(last.cost, 1))} samples"]
-        highest = max((*(point.value for point in one.points), *one.beyond), default=math.nan)
+        highest = max((*(point.value for point in one.points), *one.beyond, *one.never), default=math.nan)
         known = "" if math.isnan(highest) else f"{highest:.3g}"
         rows.append([one.trained, one.steered, *cells, known, "" if not known else "no" if one.beyond else "yes"])
     return Grid("Training against steering to the same reward", header, rows)
