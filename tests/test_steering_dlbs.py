@@ -18,6 +18,7 @@ from difftilt.sampling.kernels import DDIM, FlowSDE
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.rollout import rollout, start_state
+from difftilt.sampling.steps import GaussianStep
 from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
 from difftilt.steering.dlbs import DLBS, DLBSConfig
 from difftilt.steering.protocol import Steered, Steerer
@@ -72,7 +73,7 @@ def test_costs_are_the_formula_with_the_first_evaluation_ahead_used_again(
     steered = steer(steerer, task, [""] * 2)
     assert steered.ledger.nfe == 2 * (beams + (STEPS - 1) * beams * children * ahead)
     assert steered.ledger.reward_calls == 2 * ((STEPS - 1) * beams * children + beams)
-    price = price_of(steerer, task, denoiser(task.model))
+    price = price_of(steerer, task, denoiser(task.model), task.reward)
     # the price cannot know that the last step is without noise
     assert price.nfe * 2 == steered.ledger.nfe
     assert price.reward_calls == STEPS * beams * children
@@ -126,6 +127,7 @@ def test_the_best_of_all_candidates_go_on_whoever_their_parents_are() -> None:
         model = denoiser(task.model)
         here, there = t[:2], torch.full((2,), float(task.sampler.grid[position + 1]))
         step = task.sampler.kernel(model(kept, here, None), kept, here, there)
+        assert isinstance(step, GaussianStep)
         children = record.seen[position + 1][0].reshape(2, 3, 2)
         noise = (children - step.mean[:, None]) / step.std[:, None, None]
         assert float(noise.abs().max()) < 6
@@ -166,6 +168,7 @@ def test_outside_the_range_one_trajectory_runs() -> None:
         ).x_0
         t, s = (torch.full((2,), float(task.sampler.grid[p])) for p in (4, 5))
         step = task.sampler.kernel(denoiser(task.model)(alone, t, None), alone, t, s)
+    assert isinstance(step, GaussianStep)
     noise = (record.seen[5][0].reshape(2, 6, 2) - step.mean[:, None]) / step.std[:, None, None]
     assert float(noise.abs().max()) < 5
     assert len(noise.reshape(-1, 2).unique(dim=0)) == 12

@@ -66,10 +66,6 @@ def score(steered: Steered) -> float:
     return float(steered.rewards[steered.best].mean())
 
 
-def _calls(steered: Steered) -> float:
-    return steered.ledger.nfe / RUNS
-
-
 @cache
 def estimate_errors() -> dict[int, float]:
     """Evaluations -> mean distance of the estimate from t = 20/30 to the solution of the ODE on all 20 steps left."""

@@ -85,7 +85,7 @@ class DLBS(LearnsValue):
         # with one child of each nothing is scored before the end, unless the range ends before
         plain = config.children == 1 and config.search_low == 0
         beam = Ledger(nfe=steps, reward_calls=1) if plain else branching_price(config, config.children, steps)
-        return beam * config.particles + self.fit_price(steps)
+        return beam * config.particles
 
     @torch.no_grad()
     def steer(
@@ -131,11 +131,13 @@ class Beams:
         config: settings.
         searched: which steps of the grid lie in the range.
         copies: nobody goes on twice.
+        searches: the best beam comes out.
     """
 
     config: DLBSConfig
     searched: tuple[bool, ...]
     copies: bool = False
+    searches: bool = True
 
     def width(self, position: int) -> int:
         """Beams at a grid point once they are chosen.
