@@ -10,6 +10,7 @@ every component before its weight.
 """
 
 from difftilt.rewards.base import FunctionReward, as_reward
+from difftilt.rewards.calibration import Calibration, calibrate
 from difftilt.rewards.compose import Moments, WeightedSum
 from difftilt.rewards.corrected import Corrected
 from difftilt.rewards.instances import FrechetPerSample, MeanReward, as_set
@@ -21,6 +22,7 @@ from difftilt.rewards.sets import CoverageReward, FrechetReward, MMDReward, Vend
 from difftilt.rewards.wins import win_rate
 
 __all__ = [
+    "Calibration",
     "Capabilities",
     "Corrected",
     "CoverageReward",
@@ -41,6 +43,7 @@ __all__ = [
     "WeightedSum",
     "as_reward",
     "as_set",
+    "calibrate",
     "encode",
     "evaluate",
     "score_components",
