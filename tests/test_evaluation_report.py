@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,11 +22,13 @@ import difftilt as package
 from command_line import CommandLine
 from difftilt.errors import UserError
 from difftilt.evaluation.report import page as module
+from difftilt.evaluation.report.charts import line_chart, scatter_chart
 from difftilt.evaluation.report.page import figure, signed, write_report
 from difftilt.evaluation.report.pictures import pictures
 from difftilt.evaluation.report.reading import RunRecord, read_runs
 from difftilt.evaluation.report.sprites import sprite, token_lines
 from difftilt.evaluation.report.views import categories, curves, headline, tilt_kl
+from drawing import charts_drawn_once
 
 RECIPE: dict[str, Any] = {
     "testbed": {"name": "mixtures", "modes": 4, "steps": 4},
@@ -77,6 +79,12 @@ class Page(HTMLParser):
         return [value for _, attribute, value in self.attributes if attribute == name]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _charts() -> Generator[None]:
+    with charts_drawn_once():
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished training; tests change copies of it."""
@@ -124,7 +132,11 @@ def pixels(source: str) -> Tensor:
 # what any page must be
 
 
-def test_a_page_is_self_contained_valid_and_the_same_every_time(run: Path, steered: Path, tmp_path: Path) -> None:
+def test_a_page_is_self_contained_valid_and_the_same_every_time(
+    run: Path, steered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("difftilt.evaluation.report.views.line_chart", line_chart)
+    monkeypatch.setattr("difftilt.evaluation.report.pictures.scatter_chart", scatter_chart)
     file = write_report([run, steered], tmp_path / "out.html")
     first = file.read_bytes()
     read = page(file)

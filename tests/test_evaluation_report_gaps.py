@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,19 @@ from difftilt.evaluation.report.reading import RunRecord, read_runs
 from difftilt.evaluation.report.views import MORE_CHARTS, curves, overview, tilt_kl
 from difftilt.testbeds.digits import HELDOUT
 from difftilt.training.monitors import MonitorConfig
+from drawing import charts_drawn_once
 
 RECIPE: dict[str, Any] = {
     "testbed": {"name": "mixtures", "modes": 4, "steps": 4},
     "method": {"name": "diffusion-nft", "groups": 2, "group_size": 4},
     "training": {"iterations": 3, "evaluation_samples": 8, "evaluate_every": 1, "forward_batch": 512},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _charts() -> Generator[None]:
+    with charts_drawn_once():
+        yield
 
 
 @pytest.fixture(scope="module")

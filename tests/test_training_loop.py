@@ -1,6 +1,8 @@
 """The loop: metrics, files, resuming, refusals."""
 
 import json
+from collections.abc import Generator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,25 @@ from difftilt.training.experience import Experience
 from difftilt.training.logs import read_rows
 from difftilt.training.loop import train_task
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
-from training_runs import METHODS, make_config, make_experience, make_loop, make_method, make_task, steady, train
+from training_runs import (
+    METHODS,
+    make_config,
+    make_experience,
+    make_loop,
+    make_method,
+    make_task,
+    steady,
+    train,
+    without_pictures,
+)
+
+
+@pytest.fixture(autouse=True)
+def _pictures(request: pytest.FixtureRequest) -> Generator[None]:
+    """One test looks at them."""
+    with nullcontext() if request.function is test_a_run_writes_what_is_documented else without_pictures():
+        yield
+
 
 ALWAYS = {
     "iteration",

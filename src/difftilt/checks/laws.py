@@ -28,8 +28,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "dense-grpo": {"calibration_rounds": 1, "calibration_samples": 8},
     "euphonium": {"fit_samples": 32, "fit_steps": 10},
     "gdro": {"collect": 6},
+    "prdp": {"epochs": 1},
 }
-"""Settings without which a leaf refuses to begin, or prepares itself for long."""
+"""Settings without which a leaf refuses to begin, prepares itself for long, or goes over the same rows many times."""
 
 
 def small(name: str) -> dict[str, Any]:
@@ -44,8 +45,8 @@ def free(name: str) -> dict[str, Any]:
 
 
 def _task() -> Task:
-    """Four classes of two modes each, so that prompts differ."""
-    return perturbed(Mixtures(MixturesConfig(classes=4)).task())
+    """Four classes of two modes each, so that prompts differ, and few steps."""
+    return perturbed(Mixtures(MixturesConfig(classes=4, steps=6)).task())
 
 
 def _gap(one: Tensor, other: Tensor) -> float:
