@@ -113,6 +113,15 @@ class Recorded:
         return x_t[:, 0]
 
 
+@torch.no_grad()
+def noise_of(task: Task, parents: Tensor, position: int, children: Tensor) -> Tensor:
+    """What each child differs by from the mean of its parent's step, in units of the step's standard deviation."""
+    t, s = (torch.full((len(parents),), float(task.sampler.grid[p])) for p in (position, position + 1))
+    step = task.sampler.kernel(denoiser(task.model)(parents, t, None), parents, t, s)
+    assert isinstance(step, GaussianStep)
+    return (children - step.mean[:, None]) / step.std[:, None, None]
+
+
 def test_the_best_of_all_candidates_go_on_whoever_their_parents_are() -> None:
     """The parents of a step's children are, in order, the best of the step before."""
     task, record = small(), Recorded()
@@ -124,12 +133,7 @@ def test_the_best_of_all_candidates_go_on_whoever_their_parents_are() -> None:
         assert x.shape == (6, 2)
         assert torch.equal(t, torch.full((6,), float(task.sampler.grid[position])))
         kept = x[x[:, 0].argsort(descending=True)[:2]]
-        model = denoiser(task.model)
-        here, there = t[:2], torch.full((2,), float(task.sampler.grid[position + 1]))
-        step = task.sampler.kernel(model(kept, here, None), kept, here, there)
-        assert isinstance(step, GaussianStep)
-        children = record.seen[position + 1][0].reshape(2, 3, 2)
-        noise = (children - step.mean[:, None]) / step.std[:, None, None]
+        noise = noise_of(task, kept, position, record.seen[position + 1][0].reshape(2, 3, 2))
         assert float(noise.abs().max()) < 6
     # one beam had both survivors at least once: selection is joint
     assert float(steered.ess.min()) == 1
@@ -166,10 +170,7 @@ def test_outside_the_range_one_trajectory_runs() -> None:
         alone = rollout(
             denoiser(task.model), preset, task.sampler.grid[:5], x, None, noise=Noise(0), index=torch.tensor([0, 2])
         ).x_0
-        t, s = (torch.full((2,), float(task.sampler.grid[p])) for p in (4, 5))
-        step = task.sampler.kernel(denoiser(task.model)(alone, t, None), alone, t, s)
-    assert isinstance(step, GaussianStep)
-    noise = (record.seen[5][0].reshape(2, 6, 2) - step.mean[:, None]) / step.std[:, None, None]
+    noise = noise_of(task, alone, 4, record.seen[5][0].reshape(2, 6, 2))
     assert float(noise.abs().max()) < 5
     assert len(noise.reshape(-1, 2).unique(dim=0)) == 12
 
