@@ -47,7 +47,7 @@ def test_an_unfitted_steerer_fits_itself_and_pays(truth: Any, bootstrap: int) ->
     """The fit costs its rollouts and their rewards once; decoding then needs only the chosen states' evaluations."""
     task = truth().task
     steps, steerer = len(task.sampler.grid) - 1, svdd(bootstrap=bootstrap)
-    price, fit = steerer.price(steps), steerer.fit_price(steps)
+    price, fit = steerer.price(steps), steerer.fit_price(task)
     first, second = steer(steerer, task, ["", ""]), steer(steerer, task, ["", ""])
     assert second.ledger.nfe == 4 * steps
     assert second.ledger.reward_calls == 4 * 3
@@ -56,7 +56,7 @@ def test_an_unfitted_steerer_fits_itself_and_pays(truth: Any, bootstrap: int) ->
     paid = first.ledger - second.ledger
     assert fit == paid
     assert price == steerer.price(steps)
-    assert steerer.fit_price(steps) == Ledger()
+    assert steerer.fit_price(task) == Ledger()
     assert (paid.nfe, paid.reward_calls, paid.auxiliary_calls) == (32 * steps, 32, 4 * 8 * (1 + bootstrap))
     assert torch.equal(first.x_0, second.x_0)
 

@@ -246,9 +246,9 @@ def test_a_fit_returns_tau_at_every_prune_step_and_counts_what_it_cost() -> None
 
 def test_steering_before_the_fit_fits_first_and_pays_for_it() -> None:
     steerer: Fitted = ttsnap()
-    price = ttsnap().price(8)
+    price, fit = ttsnap().price(8), ttsnap().fit_price(small())
     first = steer(steerer, small(), [""])
-    assert first.ledger == price
+    assert first.ledger == price + fit
     again = steer(steerer, small(), [""])
     assert first.ledger.nfe == again.ledger.nfe + 8 * 30
     assert again.ledger.nfe == 13 * 1 + 5 * 2 + 2 * 2 + 1 * 3

@@ -84,13 +84,13 @@ class LearnsValue:
         own = list(dict.fromkeys(task.prompts or prompts))[: self.settings.fit_samples]
         self.fit(task, denoise, reward, own, Apart(noise, "fit"))
 
-    def fit_price(self, steps: int) -> Ledger:
+    def fit_price(self, task: Task) -> Ledger:
         """What a fit costs that has not been made; paid once, whatever the prompts."""
         config = self.settings
         if not self.unfitted:
             return Ledger()
         trained = config.fit_updates * config.fit_batch * (1 + config.bootstrap)
-        return Ledger(config.fit_samples * steps, config.fit_samples, auxiliary_calls=trained)
+        return Ledger(config.fit_samples * (len(task.sampler.grid) - 1), config.fit_samples, auxiliary_calls=trained)
 
     @torch.no_grad()
     def fit(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
@@ -175,4 +175,24 @@ class Fitted(Steerer, Protocol):
         Raises:
             UserError: if it belongs to another model, shape or grid.
         """
+        ...
+
+
+@runtime_checkable
+class SelfFitting(Protocol):
+    """A fitted steerer whose fit serves all later calls: a budget is for what comes after it."""
+
+    @property
+    def unfitted(self) -> bool:
+        """Whether there is something to learn that was not learned yet."""
+        ...
+
+    def fit_for(
+        self, task: Task, denoise: Denoiser, reward: Reward, prompts: Sequence[str], noise: NoiseSource
+    ) -> None:
+        """The fit that a call makes first: to the task's training prompts, or to those of the call without any."""
+        ...
+
+    def fit_price(self, task: Task) -> Ledger:
+        """What that fit costs if it has not been made; paid once, whatever the prompts."""
         ...

@@ -35,7 +35,7 @@ from difftilt.steering.pruning import Pruning, Schedule
 from difftilt.steering.selection import fused
 from difftilt.training.protocol import Task
 from difftilt.values.curriculum import Curriculum, first_level
-from difftilt.values.distillation import GRID, Distillation
+from difftilt.values.distillation import GRID, VALIDATED, Distillation
 from difftilt.values.estimates import LatentReward
 from difftilt.values.noise_aware import Verified, Verifier, terms_of
 
@@ -85,28 +85,43 @@ class TTSnap:
         return Schedule(steps, at, keep if self.config.keep is None else self.config.keep)
 
     def price(self, steps: int) -> Ledger:
-        """Exact for one reward; before the noise-aware reward is fitted, with a fit for every prompt."""
+        """Of the search, exact for one reward."""
         schedule = self.schedule(steps)
-        sizes, tuned = schedule.sizes(self.config.particles), self._tuned(steps)
+        sizes, tuned = schedule.sizes(self.config.particles), self._tuned(schedule)
         auxiliary = sum(size for size, step in zip(sizes, schedule.at, strict=False) if step in tuned)
         nfe, scores = schedule.spent(self.config.particles)
-        return Ledger(nfe=nfe, reward_calls=scores - auxiliary, auxiliary_calls=auxiliary) + self.fit_price(steps)
+        return Ledger(nfe=nfe, reward_calls=scores - auxiliary, auxiliary_calls=auxiliary)
 
-    def _tuned(self, steps: int) -> list[int]:
+    def _tuned(self, schedule: Schedule) -> list[int]:
         """Prune steps that have a noise-aware reward."""
         if self.config.value != "noise_aware":
             return []
-        return [step for step in self.schedule(steps).at if step <= first_level(self.config, steps)]
+        return [step for step in schedule.at if step <= first_level(self.config, schedule.steps)]
 
-    def fit_price(self, steps: int) -> Ledger:
-        """What a fit that has not been made costs for each prompt, at most."""
-        config, tuned = self.config, self._tuned(steps)
-        if self.learned or not tuned:
+    @property
+    def unfitted(self) -> bool:
+        """Whether the noise-aware reward is still to be learned."""
+        return self.config.value == "noise_aware" and self.config.prune_steps != () and not self.learned
+
+    def fit_for(
+        self, task: Task, denoise: Denoiser, reward: Reward, prompts: Sequence[str], noise: NoiseSource
+    ) -> None:
+        """Fit to the training prompts, as the protocol says."""
+        self.fit(task, denoise, reward, list(dict.fromkeys(task.prompts or prompts)), Apart(noise, "fit"))
+
+    def fit_price(self, task: Task) -> Ledger:
+        """What a fit that has not been made costs with the task's own reward, at most."""
+        if not self.unfitted:
             return Ledger()
-        images, held = config.images, config.validation_images
-        passes = config.warm_up_epochs + config.epochs * len(range(tuned[0], first_level(config, steps) + 1))
+        terms = terms_of(task.reward, self.config.fusion == "ranks")
+        schedule, config = self.schedule(len(task.sampler.grid) - 1, len(terms)), self.config
+        tuned, prompts = self._tuned(schedule), len(dict.fromkeys(task.prompts)) or 1
+        images, held = config.images * prompts, config.validation_images * min(prompts, VALIDATED)
+        passes = config.warm_up_epochs + config.epochs * len(
+            range(min(tuned, default=0), first_level(config, schedule.steps) + 1)
+        )
         calls, seen = images + held * (1 + len(tuned)), images * passes + held * len(tuned)
-        return Ledger(nfe=steps * (images + held), reward_calls=calls, auxiliary_calls=seen)
+        return Ledger(schedule.steps * (images + held), len(terms) * calls, auxiliary_calls=len(terms) * seen)
 
     @torch.no_grad()
     def steer(
@@ -125,9 +140,9 @@ class TTSnap:
         distillation = self.distillation(task, denoise, reward, prompts)
         rule = Pruning(self.schedule(distillation.steps, len(distillation.terms)))
         tuned: dict[int, dict[str, Verifier]] = {}
+        if self.unfitted:
+            self.fit_for(task, denoise, reward, prompts, noise)
         if self.config.value == "noise_aware" and rule.schedule.at:
-            if not self.learned:
-                self.fit(task, denoise, reward, list(dict.fromkeys(prompts)), Apart(noise, "fit"))
             tuned = distillation.verifiers(self.learned, rule.schedule.at)
         latent = distillation.latent
         value = Verified(latent, distillation.terms, fused, tuned)

@@ -21,8 +21,7 @@ from difftilt.rewards.protocol import Reward
 from difftilt.sampling.noise import Apart
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.steering.budget import Budget, Meter, branches, metered, parts_of
-from difftilt.steering.learning import LearnsValue
-from difftilt.steering.protocol import Anytime, Progress, Steered, Steerer
+from difftilt.steering.protocol import Anytime, Progress, SelfFitting, Steered, Steerer
 from difftilt.training.protocol import Task
 
 
@@ -77,7 +76,7 @@ def steer_within(
     call = _Call(steerer, task, denoise, reward, prompts, noise, index, progress)
     if not is_anytime(steerer) and (budget is None or not budget.bounded):
         return call.run(steerer)
-    if isinstance(steerer, LearnsValue) and steerer.unfitted:
+    if isinstance(steerer, SelfFitting) and steerer.unfitted:
         # paid once for all calls, beside the budget and in the same ledger
         steerer.fit_for(task, denoise, reward, prompts, noise)
     with metered(budget, denoise.ledger, len(prompts)) as meter:

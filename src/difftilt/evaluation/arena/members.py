@@ -21,8 +21,7 @@ from difftilt.recipes.parts import Part
 from difftilt.rewards import as_reward
 from difftilt.sampling.protocol import Sampler
 from difftilt.steering.budget import Budget, price
-from difftilt.steering.learning import LearnsValue
-from difftilt.steering.protocol import Steered, Steerer
+from difftilt.steering.protocol import SelfFitting, Steered, Steerer
 from difftilt.steering.within import Priced, is_anytime, largest, price_of, scaled_by, steer_within
 from difftilt.training.loop import Loop
 from difftilt.training.measure import heldout_batch, measure, numbers_of
@@ -177,7 +176,7 @@ def _fit_price(stage: Stage, member: Member) -> Ledger:
     """What is paid once, before the first sample."""
     task = stage.task(member)
     steerer = None if member.steerer is None or in_rounds(member) else member.steerer.build(task)
-    return steerer.fit_price(len(task.sampler.grid) - 1) if isinstance(steerer, LearnsValue) else Ledger()
+    return steerer.fit_price(task) if isinstance(steerer, SelfFitting) else Ledger()
 
 
 def _sized(part: Part, amount: int) -> Part:
