@@ -54,6 +54,18 @@ def test_the_python_call_returns_what_it_writes(tmp_path: Path) -> None:
     assert all(torch.equal(again.state[name], value) for name, value in result.state.items())
 
 
+def test_a_learned_value_of_another_steerer_is_kept_in_the_same_way(tmp_path: Path) -> None:
+    learned = ["steerer.value=learned", "steerer.fit_samples=8", "steerer.fit_updates=2", "steerer.fit_batch=4"]
+    learned += ["testbed.steps=4", "steerer.particles=2", "steerer.children=2"]
+    result = package.fit("mixtures/svdd", tmp_path / "fit", overrides=learned)
+    assert result.ledger.nfe == 8 * 4
+    steered = package.steer("mixtures/svdd", overrides=[*learned, f"steering.fitted={tmp_path / 'fit'}"]).steered
+    again = package.steer("mixtures/svdd", overrides=learned).steered
+    assert again.ledger.nfe == steered.ledger.nfe + 8 * 4
+    with pytest.raises(UserError, match="fitted"):
+        package.steer("mixtures/ttsnap", overrides=[*TINY, f"steering.fitted={tmp_path / 'fit'}"])
+
+
 def test_what_a_user_can_get_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="best-of-n learns nothing before it steers: use `difftilt steer`"):
         package.fit("mixtures/best-of-n", tmp_path / "fit")
