@@ -201,3 +201,20 @@ def test_one_stochastic_step_owns_all_of_its_advantage_and_one_reward_is_shared_
     assert total <= 1 + 3 * error
     assert len(row.own) == len(row.fit) == 3
     assert (row.evaluations, row.reward_calls) == (16 * 4, 16)
+
+
+@pytest.mark.long
+def test_the_replay_counts_both_ways_and_never_beats_its_record(tmp_path: Path) -> None:
+    main = importlib.import_module("benchmarks.__main__").main
+    assert main(["ttsnap_replay", "--size", "tiny", "--output", str(tmp_path)]) == 0
+    stored = json.loads((tmp_path / "ttsnap_replay.json").read_text())
+    assert [replay["start"] for replay in stored["replays"]] == [-1, 0]
+    honest, published = (replay["candidates"]["plain"] for replay in stored["replays"])
+    # 61.8 and 51.9 TFLOPs a candidate
+    assert honest == [6, 16, 25]
+    assert published == [7, 19, 30]
+    assert [row["step"] for row in stored["early"]["plain"]] == list(range(15))
+    assert all(-1 <= row["tau"] <= 1 for kind in stored["early"].values() for row in kind)
+    for replay in stored["replays"]:
+        assert replay["candidates"]["best-of-n"] == [2, 5, 8]
+        assert set(replay["increase"]) == {"plain", "noise-aware"}
