@@ -114,16 +114,18 @@ def _errors(value: float, error: float) -> float:
     return abs(value - centre) / (error**2 + other**2) ** 0.5
 
 
-# bounds of shares and distances are four standard errors from what was measured, at 1000 samples
+# four standard errors from what was measured at 1000 samples: binomial for shares (0.992 different, 0.929 new), by
+# bootstrap for ratios of distances (0.43, 0.79, 0.29 and 0.47, each to 0.05, 0.1 for weight)
 PROOFS = (
     Proof("words at random are molecules, share", lambda: valid(at_random()), at_least=0.99),
     Proof("samples of the shipped model are molecules, share", lambda: valid(base()), at_least=0.99, long=True),
-    Proof("they are different, share", lambda: float(scores(base(), "distinct")[0]), at_least=0.97, long=True),
-    Proof("they are new, share", lambda: mean(base(), "novel"), at_least=0.93, long=True),
+    Proof("they are different, share", lambda: float(scores(base(), "distinct")[0]), at_least=0.98, long=True),
+    Proof("they are new, share", lambda: mean(base(), "novel"), at_least=0.89, long=True),
     Proof("their fingerprints are as diverse as the data, ratio of Vendi scores", diversity, at_least=0.95, long=True),
-    Proof("`qed` is nearer to the data than that of shuffled words", lambda: gain("qed"), at_most=0.9, long=True),
-    Proof("so is `weight`", lambda: gain("weight"), at_most=0.8, long=True),
-    Proof("so is `rings`", lambda: gain("rings"), at_most=0.8, long=True),
+    Proof("`qed` is nearer to the data than that of shuffled words", lambda: gain("qed"), at_most=0.65, long=True),
+    Proof("so is `sa`", lambda: gain("sa"), at_most=0.97, long=True),
+    Proof("so is `weight`", lambda: gain("weight"), at_most=0.7, long=True),
+    Proof("so is `rings`", lambda: gain("rings"), at_most=0.7, long=True),
     Proof("FK steering has the mean `qed` of the reweighted base, standard errors", steered, at_most=4, long=True),
     Proof("the base has not", plain, at_least=4, long=True),
 )
