@@ -2,9 +2,9 @@
 
 Usage: python scripts/train_molecules.py [--output DIR] [--steps N] [--log FILE] [--state FILE]
 
-Trained on the molecules that the RDKit wheel carries; nothing is downloaded. Seeded. Every 500 steps it prints the
+Trained on the molecules that the RDKit wheel carries; nothing is downloaded. Seeded. Every 250 steps it prints the
 loss and what 256 samples of the averaged weights are worth; --log also writes them as JSON lines. With --state the run
-is kept there every 500 steps, and goes on from it. --power and --invalid are what PepTune adds to the training of a
+is kept there every 250 steps, and goes on from it. --power and --invalid are what PepTune adds to the training of a
 masked model: see docs/testbeds.md for what they did here.
 """
 
@@ -25,20 +25,13 @@ from difftilt.process.masked import MaskedProcess
 from difftilt.sampling.kernels import Unmasking
 from difftilt.testbeds.molecules import CHECKPOINT
 from difftilt.testbeds.molecules_chemistry import parse
-from difftilt.testbeds.molecules_strings import BONDS, LENGTH, SYMBOLS, smiles_of, tokens_of, training_smiles
+from difftilt.testbeds.molecules_strings import LENGTH, joins, learn_words, smiles_of, tokens_of, training_smiles
 
-NETWORK: dict[str, Any] = {
-    "vocab": len(SYMBOLS),
-    "length": LENGTH,
-    "width": 128,
-    "depth": 4,
-    "heads": 4,
-    "words": list(SYMBOLS),
-}
-BATCH = 32
-RATE = 1.2e-3
-AVERAGE = 0.998
-EVERY = 500
+NETWORK: dict[str, Any] = {"length": LENGTH, "width": 128, "depth": 4, "heads": 4}
+BATCH = 64
+RATE = 1.5e-3
+AVERAGE = 0.999
+EVERY = 250
 
 
 class Training:
@@ -53,10 +46,13 @@ class Training:
     def __init__(self, steps: int, power: float, invalid: float) -> None:
         self.steps, self.invalid, self.done, self.seconds = steps, invalid, 0, 0.0
         self.generator = torch.Generator().manual_seed(0)
-        self.process = MaskedProcess(len(SYMBOLS), bond=tuple(word in BONDS for word in SYMBOLS), power=power)
-        self.network, self.average = MaskedTransformer(**NETWORK), MaskedTransformer(**NETWORK).requires_grad_(False)
+        self.words = learn_words(training_smiles())
+        self.config = NETWORK | {"vocab": len(self.words), "words": self.words}
+        self.process = MaskedProcess(len(self.words), bond=tuple(map(joins, self.words)), power=power)
+        self.network = MaskedTransformer(**self.config)
+        self.average = MaskedTransformer(**self.config).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), RATE, betas=(0.9, 0.99), weight_decay=0.02)
-        self.data = tokens_of(training_smiles())
+        self.data = tokens_of(training_smiles(), self.words)
 
     def step(self) -> float:
         """One update; returns the bound in nats per token."""
@@ -70,7 +66,7 @@ class Training:
         bound = masked_error(prediction, x_0).mean() / LENGTH
         loss = bound
         if self.invalid > 0:
-            wrong = torch.tensor([parse(smiles) is None for smiles in smiles_of(prediction.x0)])
+            wrong = torch.tensor([parse(smiles) is None for smiles in smiles_of(prediction.x0, self.words)])
             loss = bound + self.invalid * invalid_loss(prediction, wrong).mean() / LENGTH
         self.optimizer.zero_grad()
         loss.backward()
@@ -128,9 +124,9 @@ def samples(training: Training, count: int, steps: int) -> Tensor:
 
 
 @torch.no_grad()
-def judged(training: Training, count: int = 256, steps: int = 40) -> dict[str, float]:
+def judged(training: Training, count: int = 256, steps: int = 16) -> dict[str, float]:
     """Shares of samples that are molecules, and of these that are different and new."""
-    found = [parse(one) for one in smiles_of(samples(training, count, steps))]
+    found = [parse(one) for one in smiles_of(samples(training, count, steps), training.words)]
     names = [one.smiles for one in found if one is not None]
     many, known = max(1, len(names)), set(training_smiles())
     return {
@@ -143,7 +139,7 @@ def judged(training: Training, count: int = 256, steps: int = 40) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--power", type=float, default=1.0)
     parser.add_argument("--invalid", type=float, default=0.0)
     parser.add_argument("--log", type=Path)
@@ -152,7 +148,7 @@ def main() -> None:
     torch.set_num_threads(1)
     training = Training(arguments.steps, arguments.power, arguments.invalid)
     network = train(training, arguments.log, arguments.state).half()
-    save_pretrained(network, arguments.output, NETWORK)
+    save_pretrained(network, arguments.output, training.config)
     print(f"{sum(parameter.numel() for parameter in network.parameters())} parameters, {len(training.data)} molecules")
 
 

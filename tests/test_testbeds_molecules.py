@@ -11,15 +11,19 @@ from torch import Tensor
 
 import difftilt
 from difftilt.errors import UserError
+from difftilt.process.masked import MaskedProcess
 from difftilt.rewards.distinct import DistinctReward
 from difftilt.rewards.protocol import Samples
 from difftilt.testbeds.molecules import CHECKPOINT, Config, Molecules
 from difftilt.testbeds.molecules_chemistry import BITS, SIDE, parse, picture
 from difftilt.testbeds.molecules_rewards import Targets, fingerprints, identity_codes
 from difftilt.testbeds.molecules_strings import (
-    BONDS,
+    END,
     LENGTH,
     SYMBOLS,
+    encode,
+    joins,
+    learn_words,
     smiles_of,
     split,
     tokens_of,
@@ -31,13 +35,23 @@ GOOD = [ASPIRIN, "c1ccccc1", "CCO", "C[N+](=O)[O-]", "BrCCl"]
 BAD = ["C1CC", "CC(", "c1cccc1", "C=O=C", ""]
 
 
+WORDS = Molecules().words
+
+
 @pytest.fixture(scope="module")
 def bed() -> Molecules:
     return Molecules()
 
 
+def written(smiles: list[str]) -> Tensor:
+    """Tokens of strings, every one of which has some."""
+    media = tokens_of(smiles, WORDS)
+    assert len(media) == len(smiles)
+    return media
+
+
 def samples(smiles: list[str]) -> Samples:
-    media = tokens_of(smiles)
+    media = written(smiles)
     return Samples(media, [""] * len(media), [""] * len(media), torch.zeros(len(media), dtype=torch.int64))
 
 
@@ -46,27 +60,52 @@ def scores(bed: Molecules, name: str, smiles: list[str]) -> Tensor:
 
 
 def test_strings_and_tokens_are_inverse() -> None:
-    every = [*training_smiles()[:200], *GOOD, *BAD]
-    assert smiles_of(tokens_of(every)) == every
+    every = [*training_smiles()[:200:5], *GOOD, *BAD]
+    assert smiles_of(tokens_of(every, WORDS), WORDS) == every
     assert split("C[N+](=O)c1nc(Br)cc1Cl") == [*"C", "[N+]", *"(=O)c1nc(", "Br", *")cc1", "Cl"]
-    assert tokens_of(["CCO"]).shape == (1, LENGTH)
-    full = torch.zeros(1, LENGTH, dtype=torch.int64)  # no end token: the whole sequence counts
-    assert smiles_of(full) == ["c" * LENGTH]
+    assert written(["CCO"]).shape == (1, LENGTH)
+    full = torch.zeros(1, LENGTH, dtype=torch.int64)  # no end: the whole sequence counts
+    assert smiles_of(full, WORDS) == [WORDS[0] * LENGTH]
 
 
-def test_training_molecules_are_different_canonical_and_fit() -> None:
+def test_what_does_not_fit_is_left_out() -> None:
+    assert len(tokens_of(["C[Pt]C", "CC", "".join("CNO"[n % 3] for n in range(60))], WORDS)) == 1
+
+
+def test_words_are_the_most_frequent_neighbours_merged() -> None:
+    """abab ab: a worked example with symbols C and N in place of letters."""
+    words = learn_words(["CNCN", "CN", "CNCNO"], 2)
+    assert words == [*SYMBOLS, "CN", "CNCN", END]
+    rank = {word: place for place, word in enumerate(words)}
+    assert encode("OCNCNCN", rank) == ["O", "CNCN", "CN"]
+    assert encode("NC", rank) == ["N", "C"]
+
+
+def test_words_of_the_checkpoint_are_those_of_the_training_molecules() -> None:
+    assert list(WORDS) == learn_words(training_smiles())
+    lengths = (written(list(training_smiles()[:500:5])) != WORDS.index(END)).sum(1).float()
+    assert 5 < float(lengths.mean()) < 9
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [("c1ccccc1", False), ("c1cc", True), ("C(=O)", False), ("=O)", True), (")C(", True), ("CC", False), ("1", True)],
+)
+def test_words_that_join_what_stands_far_apart(word: str, answer: bool) -> None:
+    assert joins(word) == answer
+
+
+def test_training_molecules_are_different_and_canonical() -> None:
     every = training_smiles()
     assert 4000 < len(set(every)) == len(every) <= 5000
     for smiles in every[::40]:
         assert Chem.MolToSmiles(Chem.MolFromSmiles(smiles)) == smiles
-        assert len(split(smiles)) < LENGTH
         assert set(split(smiles)) <= set(SYMBOLS)
-    assert set(BONDS) < set(SYMBOLS)
 
 
 def test_validity_is_what_rdkit_reads(bed: Molecules, capfd: pytest.CaptureFixture[str]) -> None:
     flags = [True] * len(GOOD) + [False] * len(BAD)
-    assert bed.valid(tokens_of(GOOD + BAD)).tolist() == flags
+    assert bed.valid(written(GOOD + BAD)).tolist() == flags
     assert scores(bed, "valid", GOOD + BAD).tolist() == [float(flag) for flag in flags]
     assert capfd.readouterr().err == ""  # RDKit says why, many times, unless it is told not to
 
@@ -126,7 +165,7 @@ def test_a_string_is_parsed_once(bed: Molecules) -> None:
     parse.cache_clear()
     for name in ("qed", "sa", "valid", "logp", "novel"):
         scores(bed, name, smiles)
-    bed.valid(tokens_of(smiles))
+    bed.valid(written(smiles))
     # novelty reads the training molecules, each of which is one string more
     assert parse.cache_info().misses <= 7 + 5000
     parse.cache_clear()
@@ -135,7 +174,7 @@ def test_a_string_is_parsed_once(bed: Molecules) -> None:
 
 
 def test_pictures_and_features(bed: Molecules) -> None:
-    drawn = bed.draw(tokens_of([ASPIRIN, "CC("]))
+    drawn = bed.draw(written([ASPIRIN, "CC("]))
     assert drawn.shape == (2, 3, SIDE, SIDE)
     assert 0 <= float(drawn.min()) < 0.5 < float(drawn.max()) <= 1
     assert float(drawn.mean((1, 2, 3)).min()) > 0.8  # thin lines on white
@@ -152,8 +191,8 @@ def test_pictures_and_features(bed: Molecules) -> None:
 @pytest.mark.parametrize(
     ("media", "message"),
     [
-        (torch.full((1, LENGTH), len(SYMBOLS)), "masked positions spell no molecule"),
-        (torch.zeros(1, LENGTH, len(SYMBOLS)), "relaxed ones, as a gradient needs them, have no SMILES"),
+        (torch.full((1, LENGTH), len(WORDS)), "masked positions spell no molecule"),
+        (torch.zeros(1, LENGTH, len(WORDS)), "relaxed ones, as a gradient needs them, have no SMILES"),
     ],
 )
 def test_what_spells_no_string_is_refused(bed: Molecules, media: Tensor, message: str) -> None:
@@ -162,10 +201,11 @@ def test_what_spells_no_string_is_refused(bed: Molecules, media: Tensor, message
 
 
 def test_the_checkpoint_names_its_tokens_and_is_small(bed: Molecules) -> None:
-    assert bed.words == SYMBOLS
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 5_000_000
     task = bed.task()
     assert task.model.shape == (LENGTH,)
+    assert isinstance(task.model.process, MaskedProcess)
+    assert task.model.process.vocab == len(set(bed.words)) == len(WORDS)
     assert "valid" in task.heldout
     assert "valid" in Molecules(Config(reward="valid")).task().heldout
     assert "qed" not in task.heldout
