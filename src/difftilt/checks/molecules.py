@@ -20,7 +20,7 @@ BED = Molecules()
 
 
 def scored(media: Tensor) -> dict[str, float]:
-    """Every reward of a set of samples, averaged: means of what is a molecule for all but ``valid`` and ``distinct``."""
+    """Every reward of a set of samples; all but ``valid`` and ``distinct`` averaged over those that are molecules."""
     group = torch.zeros(len(media), dtype=torch.int64)
     valid = float(BED.valid(media).float().mean())
     samples = Samples(media, [""] * len(media), [""] * len(media), group)
@@ -52,3 +52,6 @@ def best() -> dict[str, float]:
     """Of the best of 16 by ``qed``, 16 times."""
     found = steer(BestOfN(BestOfNConfig(particles=16)), BED.task(), 16)
     return scored(found.media[found.best])
+
+
+PROOFS = (Proof("half of the base's samples are molecules", lambda: base()["valid"], at_least=0.5, long=True),)
