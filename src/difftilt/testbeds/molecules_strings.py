@@ -1,52 +1,45 @@
-"""SMILES as tokens: splitting, pair encoding, padding, and the molecules that the shipped model was trained on.
+"""Molecules as tokens: SELFIES, pair encoding, padding, and the molecules that the shipped model was trained on.
 
-Tokens are words: single symbols, and the strings that arise where the most frequent neighbours are merged again and
-again (SMILES pair encoding, Li and Fourches 2021; byte pair encoding, Sennrich et al. 2016). A benzene ring is one word
-then, and a molecule has seven tokens where it had twenty-five symbols.
+In SELFIES (Krenn et al. 2020, arXiv 1905.13741) the symbols of a string are rules of a grammar that tracks valences,
+and branches and rings say how far they reach: every sequence of symbols spells a molecule. Tokens are words: single
+symbols, and the strings that arise where the most frequent neighbours are merged again and again (byte pair encoding,
+Sennrich et al. 2016). A benzene ring is one word then, and a molecule has seven tokens where it had 24 symbols.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
+import selfies
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from difftilt.testbeds.molecules_chemistry import TRAINING, parse
+from difftilt.testbeds.molecules_chemistry import KEPT, TRAINING, parse
 
 END = "<end>"
 """Word that ends a string and fills what is left of it."""
 LENGTH = 16
 """Tokens of a sequence; a string has one less at most."""
 SYMBOLS = (
-    *("c", "n", "o", "s", "[nH]", "[n+]", "C", "N", "O", "S", "P", "F", "Cl", "Br", "I", "[N+]", "[O-]"),
-    *("=", "#", "-", "(", ")", "1", "2", "3", "4"),
+    *("[C]", "[=C]", "[#C]", "[N]", "[=N]", "[#N]", "[NH1]", "[N+1]", "[=N+1]", "[O]", "[=O]", "[O-1]"),
+    *("[S]", "[=S]", "[P]", "[Cl]", "[Br]", "[I]"),
+    *("[Branch1]", "[=Branch1]", "[#Branch1]", "[Branch2]", "[=Branch2]", "[#Branch2]", "[Ring1]", "[Ring2]"),
 )
-"""Symbols that at least 60 of the 5000 molecules hold: atoms (in brackets as a whole), bonds, branches, rings."""
+"""Symbols that at least 60 of the 5000 molecules hold: atoms with the bond before them, branches, rings."""
 MERGES = 150
 """Words that are made by merging."""
 
-_SYMBOL = re.compile(r"\[[^\]]+\]|Br|Cl|.")
 
-
-def split(smiles: str) -> list[str]:
-    """The symbols of a string."""
-    return _SYMBOL.findall(smiles)
-
-
-def joins(word: str) -> bool:
-    """Whether a word opens or closes a branch or a ring that it does not close or open itself.
-
-    Such words join what stands far apart: they are to molecules what bonds are to the strings of PepTune.
-    """
-    symbols = split(word)
-    rings = Counter(symbol for symbol in symbols if symbol.isdigit())
-    depth = [(symbol == "(") - (symbol == ")") for symbol in symbols]
-    lowest = min((sum(depth[: place + 1]) for place in range(len(depth))), default=0)
-    return any(count % 2 for count in rings.values()) or sum(depth) != 0 or lowest < 0
+@lru_cache(maxsize=KEPT)
+def split(smiles: str) -> tuple[str, ...]:
+    """The SELFIES symbols of a molecule, none if SELFIES cannot write it."""
+    try:
+        written = selfies.encoder(smiles)
+    except selfies.EncoderError:
+        return ()
+    return tuple(selfies.split_selfies(written))
 
 
 @cache
@@ -55,7 +48,8 @@ def training_smiles() -> tuple[str, ...]:
     lines = TRAINING.read_text(encoding="utf-8").splitlines()
     found = (parse(line.split()[0]) for line in lines if line.strip())
     smiles = dict.fromkeys(one.smiles for one in found if one is not None)
-    return tuple(one for one in smiles if set(SYMBOLS).issuperset(split(one)))
+    whole = [one for one in smiles if "." not in one]
+    return tuple(one for one in whole if (symbols := split(one)) and set(SYMBOLS).issuperset(symbols))
 
 
 def learn_words(smiles: Sequence[str], merges: int = MERGES) -> list[str]:
@@ -70,11 +64,11 @@ def learn_words(smiles: Sequence[str], merges: int = MERGES) -> list[str]:
     return [*words, END]
 
 
-def encode(smiles: str, rank: Mapping[str, int]) -> list[str]:
-    """A string as words: of all neighbours whose union is a word, those of the earliest word are merged first.
+def encode(smiles: str, rank: Mapping[str, int]) -> tuple[str, ...]:
+    """A molecule as words: of all neighbours whose union is a word, those of the earliest word are merged first.
 
     Args:
-        smiles: of known symbols.
+        smiles: that SELFIES can write.
         rank: place of each word in the vocabulary.
     """
     row = split(smiles)
@@ -87,7 +81,7 @@ def encode(smiles: str, rank: Mapping[str, int]) -> list[str]:
 
 
 def tokens_of(smiles: Sequence[str], words: Sequence[str]) -> Int[Tensor, "batch position"]:
-    """Strings as tokens, filled up with the end; strings of unknown symbols or too many words are left out."""
+    """Molecules as tokens, filled up with the end; those of unknown symbols or too many words are left out."""
     rank = {word: place for place, word in enumerate(words)}
     rows = [[rank.get(word, -1) for word in encode(one, rank)] for one in smiles]
     fitting = [row for row in rows if len(row) < LENGTH and -1 not in row]
@@ -98,16 +92,21 @@ def tokens_of(smiles: Sequence[str], words: Sequence[str]) -> Int[Tensor, "batch
 
 
 def smiles_of(tokens: Int[Tensor, "batch position"], words: Sequence[str]) -> list[str]:
-    """The strings of sequences: what stands before the first end."""
+    """The molecules that stand before the first end, as SELFIES writes them in SMILES; empty where there is none."""
     end = list(words).index(END)
     rows: list[list[int]] = tokens.tolist()
-    return ["".join(words[token] for token in (row[: row.index(end)] if end in row else row)) for row in rows]
+    return [_read("".join(words[token] for token in (row[: row.index(end)] if end in row else row))) for row in rows]
 
 
-def _merged(row: Sequence[str], left: str, right: str) -> list[str]:
+@lru_cache(maxsize=KEPT)
+def _read(written: str) -> str:
+    return selfies.decoder(written)
+
+
+def _merged(row: Sequence[str], left: str, right: str) -> tuple[str, ...]:
     found, place = list[str](), 0
     while place < len(row):
-        both = row[place : place + 2] == [left, right]
+        both = tuple(row[place : place + 2]) == (left, right)
         found.append(left + right if both else row[place])
         place += 2 if both else 1
-    return found
+    return tuple(found)
