@@ -2,9 +2,9 @@
 
 Usage: python scripts/train_molecules.py [--output DIR] [--steps N] [--log FILE] [--state FILE]
 
-Trained on the molecules that the RDKit wheel carries; nothing is downloaded. Seeded. Every 250 steps it prints the
+Trained on the molecules that the RDKit wheel carries; nothing is downloaded. Seeded. Every 500 steps it prints the
 loss and what 256 samples of the averaged weights are worth; --log also writes them as JSON lines. With --state the run
-is kept there every 250 steps, and goes on from it.
+is kept there every 500 steps, and goes on from it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ NETWORK: dict[str, Any] = {"length": LENGTH, "width": 128, "depth": 4, "heads": 
 BATCH = 64
 RATE = 1.5e-3
 AVERAGE = 0.999
-EVERY = 250
+EVERY = 500
 
 
 class Training:
@@ -135,7 +135,7 @@ def judged(training: Training, count: int = 256, steps: int = 16) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--log", type=Path)
     parser.add_argument("--state", type=Path)
     arguments = parser.parse_args()

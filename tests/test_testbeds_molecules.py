@@ -1,5 +1,6 @@
 """The molecules testbed: strings, chemistry, rewards and their ranges, validity, the shipped model."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from selfies import split_selfies
 from torch import Tensor
 
 import difftilt
+from difftilt import leaves
 from difftilt.errors import UserError
 from difftilt.process.masked import MaskedProcess
 from difftilt.rewards.distinct import DistinctReward
@@ -215,6 +217,20 @@ def test_pictures_and_features(bed: Molecules) -> None:
 def test_what_spells_no_string_is_refused(bed: Molecules, media: Tensor, message: str) -> None:
     with pytest.raises(UserError, match=message):
         bed.text(media)
+
+
+@pytest.mark.parametrize("package", ["rdkit", "selfies"])
+def test_a_missing_package_names_the_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith("difftilt.testbeds.molecules")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"needs '{package}', which is not .* pip install 'difftilt\[molecules\]'"):
+        leaves.load("testbeds", "molecules")
+
+
+def test_an_unknown_reward_is_told_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"'qed', 'logp', 'sa', 'weight', 'rings' or 'valid'"):
+        difftilt.steer("molecules/best-of-n", overrides=["testbed.reward=qde"])
 
 
 def test_the_checkpoint_names_its_tokens_and_is_small(bed: Molecules) -> None:
