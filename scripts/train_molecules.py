@@ -44,7 +44,7 @@ class Training:
         self.steps, self.done, self.seconds = steps, 0, 0.0
         self.generator = torch.Generator().manual_seed(0)
         self.words = learn_words(training_smiles())
-        self.config = NETWORK | {"vocab": len(self.words), "words": self.words}
+        self.config: dict[str, Any] = NETWORK | {"vocab": len(self.words), "words": self.words}
         self.process = MaskedProcess(len(self.words))
         self.network = MaskedTransformer(**self.config)
         self.average = MaskedTransformer(**self.config).requires_grad_(False)
@@ -135,7 +135,7 @@ def judged(training: Training, count: int = 256, steps: int = 16) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--log", type=Path)
     parser.add_argument("--state", type=Path)
     arguments = parser.parse_args()

@@ -47,7 +47,7 @@ class Config(BaseConfig):
     """The sampler and the reward."""
 
     steps: int = Field(default=24, ge=1)
-    """Of the sampler, equally spaced in t; a sequence has 16 tokens."""
+    """Of the sampler, equally spaced in t; a sequence has 12 tokens."""
     reward: Literal["qed", "logp", "sa", "weight", "rings", "valid"] = "qed"
     """Drug-likeness, nearness to a partition coefficient, ease of synthesis, nearness to a weight, number of rings, or
     whether there is a molecule at all; each in [0, 1], and 0 where there is none."""
