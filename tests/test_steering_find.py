@@ -17,20 +17,17 @@ from difftilt.models.denoiser import denoiser
 from difftilt.models.ledger import Ledger
 from difftilt.models.side_by_side import SideBySide
 from difftilt.objectives.policy_gradient import surrogate_of_ratio
-from difftilt.process.gaussian import GaussianProcess, RectifiedFlow
-from difftilt.process.grid import uniform_grid
 from difftilt.rewards.base import FunctionReward
 from difftilt.rewards.protocol import Capabilities, Samples
-from difftilt.sampling.diagonal import DiagonalGaussian
+from difftilt.sampling.diagonal import DiagonalGaussian, radius
 from difftilt.sampling.kernels import DDIM
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Solver
 from difftilt.sampling.rollout import sample
-from difftilt.sampling.solvers import DPMSolverPP, EulerSolver, Heun, evaluations
+from difftilt.sampling.solvers import DPMSolverPP, EulerSolver, Heun
 from difftilt.steering.budget import Budget, Meter
-from difftilt.steering.find import FIND, FINDConfig
+from difftilt.steering.find import FIND, FINDConfig, Learner
 from difftilt.steering.generator import generator_of
-from difftilt.steering.noise_policy import Learner, PolicyConfig, draw, radius
 from difftilt.steering.protocol import Anytime, Fitted, Steered
 from difftilt.steering.within import is_anytime, steer_within
 from difftilt.testbeds.digits import Config as DigitsConfig
@@ -56,7 +53,7 @@ def steer(steerer: FIND, task: Task, prompts: list[str], **extra: Any) -> Steere
 
 
 def learner(prompts: int = 2, shape: tuple[int, ...] = (3, 2), **settings: Any) -> Learner:
-    config = PolicyConfig.model_validate({"value_hidden": 8, "learning_rate": 0.05, **settings})
+    config = FINDConfig.model_validate({"value_hidden": 8, "learning_rate": 0.05, **settings})
     index = torch.arange(prompts)
     return Learner(config, shape, index, torch.zeros(prompts, 0), Noise(0), Ledger())
 
@@ -285,7 +282,7 @@ def test_a_half_precision_generator_has_a_single_precision_policy() -> None:
 def test_before_learning_it_is_plain_sampling() -> None:
     task = ring()
     steered = steer(find(iterations=0), task, ["", ""])
-    z = draw(DiagonalGaussian.prior(2, (2,)), INDEX, 5, Noise(0), "fresh").flatten(0, 1)
+    z = DiagonalGaussian.prior(2, (2,)).draws(INDEX, 5, Noise(0), "fresh").flatten(0, 1)
     model, index = denoiser(task.model, forward_batch=16), torch.arange(10)
     with torch.no_grad():
         plain = sample(model, task.sampler, z, None, noise=Noise(0), index=index)
@@ -337,7 +334,7 @@ def test_the_baseline_knows_the_encoded_prompt() -> None:
     context = generator_of(encoded, denoiser(task.model), task.reward, ["a", "b"], Noise(0), None).context()
     assert torch.equal(context, torch.tensor([[1.0] * 7 + [2.0] * 3] * 2))
     assert generator_of(task, denoiser(task.model), task.reward, ["", ""], Noise(0), None).context().shape == (2, 0)
-    config = PolicyConfig(value_hidden=8)
+    config = FINDConfig(value_hidden=8)
     value = Learner(config, (2,), INDEX, context, Noise(0), Ledger()).value
     assert value.weights[0].shape == (2, 2 + 2 + 10, 8)
 
@@ -349,8 +346,9 @@ def test_the_price_of_a_sample_is_what_it_costs(solver: Solver | None) -> None:
     model = denoiser(task.model)
     with torch.no_grad():
         sample(model, sampler, torch.zeros(3, 2), None, noise=Noise(0), index=torch.arange(3))
-    assert isinstance(task.model.process, GaussianProcess)
-    assert model.ledger.nfe == 3 * evaluations(sampler, task.model.process, (2,))
+    box = generator_of(replace(task, sampler=sampler), model, task.reward, ["", ""], Noise(0), None)
+    assert model.ledger.nfe == 3 * box.evaluations
+    assert box.price(3) == Ledger(nfe=2 * model.ledger.nfe, reward_calls=2 * 3)
 
 
 def test_ledger_is_exact() -> None:
@@ -400,7 +398,7 @@ def test_the_artefact_survives_a_file_and_draws_any_number(tmp_path: Path) -> No
     task = replace(task, reward=FunctionReward("side", lambda samples: samples.media[:, 0]))
     first = find(iterations=10, learning_rate=0.05)
     metrics = first.fit(task, denoiser(task.model), task.reward, ["a", "b"], Noise(0))
-    assert set(metrics) == {"reward", "radius", "std", "baseline", "clipped", "kl", "first_reward"}
+    assert set(metrics) == {"reward", "radius", "std", "baseline", "clipped", "kl", "first_reward", "rounds"}
     assert metrics["reward"] > metrics["first_reward"]
     save_file(dict(first.state_dict()), tmp_path / "noise.safetensors")
     second = find(samples=7)
@@ -415,11 +413,12 @@ def test_the_artefact_survives_a_file_and_draws_any_number(tmp_path: Path) -> No
     same = find(samples=7)
     same.fitted = first.fitted
     assert torch.equal(steer(same, task, ["b", "a", "b"]).x_0, steered.x_0)
-    assert torch.equal(second.fitted.rows(["b", "a", "b"]), torch.tensor([1, 0, 1]))
+    law = second.fitted.law(["b", "a", "b"], (2,))
+    assert torch.equal(law.mean, second.fitted.policy.mean[[1, 0, 1]])
     with pytest.raises(UserError, match=r"no noise was learned for the prompt 'c'"):
         steer(second, task, ["c"])
     other = ring(means=((0.0, 0.0, 1.0), (1.0, 0.0, 0.0)))
-    with pytest.raises(UserError, match=r"shape \(2,\).*\(3,\)"):
+    with pytest.raises(UserError, match=r"shape \(2,\), and this model has \(3,\)"):
         steer(second, other, ["a"])
     with pytest.raises(UserError, match="std, prompts is missing"):
         find().load_state_dict({"mean": torch.zeros(1, 2)})
@@ -447,7 +446,7 @@ def test_learned_noise_is_unscaled() -> None:
     steerer = find()
     steer(steerer, task, [""])
     assert steerer.latest is not None
-    z = draw(steerer.latest.policy, torch.tensor([0]), 5, Noise(0), "fresh")[0]
+    z = steerer.latest.policy.draws(torch.tensor([0]), 5, Noise(0), "fresh")[0]
     assert torch.equal(seen[-1], task.model.process.prior(z))
 
 
@@ -498,5 +497,3 @@ def test_what_a_user_can_get_wrong() -> None:
 def test_the_bowl_needs_no_network() -> None:
     steered = steer(find(), bowl_task(), [""])
     assert steered.ledger.nfe == 0
-    assert isinstance(bowl_task().model.process, RectifiedFlow)
-    assert len(uniform_grid(1)) == 2

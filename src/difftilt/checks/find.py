@@ -22,7 +22,8 @@ from difftilt.rewards.protocol import Samples
 from difftilt.sampling.kernels import Euler
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
-from difftilt.steering.find import FIND, FINDConfig, Learned
+from difftilt.steering.find import FIND, FINDConfig
+from difftilt.steering.noise_laws import Learned
 from difftilt.steering.protocol import Steered
 from difftilt.testbeds.digits import Config as DigitsConfig
 from difftilt.testbeds.digits import Digits

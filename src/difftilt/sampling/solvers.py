@@ -13,12 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.process.gaussian import GaussianPrediction, GaussianProcess, as_gaussian, at_least_float32, expand
 from difftilt.process.grid import check_grid
 from difftilt.process.protocol import Condition
-from difftilt.sampling.protocol import Sampler
 
 Grid = Float[Tensor, "*rows times"]
 Times = Float[Tensor, " batch"]
@@ -146,27 +144,3 @@ def _slope(process: GaussianProcess, memory: tuple[Tensor, Times], t: Times, s: 
 def _log_snr(process: GaussianProcess, t: Times) -> Times:
     """Lambda = log(alpha/sigma), infinite at the ends."""
     return process.alpha(t).log() - process.sigma(t).log()
-
-
-@dataclass(frozen=True)
-class _Counting:
-    """A denoiser that predicts x0 = 0 and counts what it is asked, one for each row."""
-
-    process: GaussianProcess
-    ledger: Ledger
-
-    def prepare(self, x_t: Tensor, t: Tensor, condition: Condition) -> Condition:
-        return condition
-
-    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> GaussianPrediction:
-        self.ledger.nfe += len(x_t)
-        return self.process.predict(torch.zeros_like(x_t), x_t, t, "x0")
-
-
-def evaluations(sampler: Sampler, process: GaussianProcess, shape: tuple[int, ...]) -> int:
-    """What one plain sample costs in evaluations without guidance, by the sampler's solver if it has one."""
-    if sampler.solver is None:
-        return int((sampler.grid[1:] < sampler.grid[:-1]).sum())
-    counting = _Counting(process, Ledger())
-    sampler.solver(counting, torch.zeros(1, *shape), None, sampler.grid)
-    return counting.ledger.nfe

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from difftilt.errors import UserError
+from difftilt.models.denoiser import NetworkDenoiser, device_of
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.process.gaussian import GaussianProcess
@@ -16,9 +18,8 @@ from difftilt.rewards.protocol import Reward, Samples
 from difftilt.sampling.noise import Apart, copies
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.sampling.rollout import sample
-from difftilt.sampling.solvers import evaluations
 from difftilt.steering.budget import price
-from difftilt.steering.particles import bind, device_of
+from difftilt.steering.particles import bind
 from difftilt.training.protocol import Task
 from difftilt.trees import leaves, take, to_device
 from difftilt.values.estimates import LatentReward
@@ -34,7 +35,7 @@ class Generator:
         reward: of latents.
         condition: of each prompt.
         index: global index of each prompt.
-        noise: of stochastic samplers.
+        noise: of the whole call; stochastic samplers draw from it.
     """
 
     task: Task
@@ -57,10 +58,19 @@ class Generator:
 
     def price(self, draws: int) -> Ledger:
         """The most that a call can cost, all prompts together."""
-        process, rows = self.denoise.process, draws * len(self.index)
-        assert isinstance(process, GaussianProcess)
-        each = evaluations(self.task.sampler, process, self.task.model.shape)
-        return price(self.denoise, self.reward.reward, rows * each, rows)
+        rows = draws * len(self.index)
+        return price(self.denoise, self.reward.reward, rows * self.evaluations, rows)
+
+    @cached_property
+    def evaluations(self) -> int:
+        """What one sample costs without guidance; a solver is asked by a run on an empty network that counts."""
+        sampler, process = self.task.sampler, self.denoise.process
+        if sampler.solver is None:
+            return int((sampler.grid[1:] < sampler.grid[:-1]).sum())
+        counting = NetworkDenoiser(lambda x, t, condition: torch.zeros_like(x), process, "x0", Ledger())
+        with torch.no_grad():
+            sampler.solver(counting, torch.zeros(1, *self.task.model.shape), None, sampler.grid)
+        return counting.ledger.nfe
 
     def context(self) -> Float[Tensor, "prompts features"]:
         """The encoded prompts as vectors: means over positions; labels are left out, for each prompt learns alone."""
