@@ -354,8 +354,8 @@ def test_the_price_of_a_sample_is_what_it_costs(solver: Solver | None) -> None:
 def test_ledger_is_exact() -> None:
     ledger = steer(find(), ring(), ["", ""]).ledger
     runs = 2 * (6 * 3 + 5)
-    # one look at the baseline and five lessons in each of six iterations
-    assert (ledger.nfe, ledger.reward_calls, ledger.auxiliary_calls) == (4 * runs, runs, 2 * 6 * (1 + 5))
+    # five lessons of the baseline in each of six iterations
+    assert (ledger.nfe, ledger.reward_calls, ledger.auxiliary_calls) == (4 * runs, runs, 2 * 6 * 5)
     guided = Digits(DigitsConfig(steps=2, guidance=2.0)).task()
     model = denoiser(guided.model, guidance=2.0)
     steered = find(iterations=1).steer(guided, model, guided.reward, guided.prompts[:1], Noise(0))

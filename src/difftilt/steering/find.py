@@ -101,8 +101,8 @@ class Learner:
         inputs = 2 * prior.mean[0].numel() + context.shape[1]
         self.value = SideBySide(inputs, config.value_hidden, index).to(index.device)
         # without weight decay AdamW is Adam: the penalty is a term of its own
-        self.moves = torch.optim.Adam([self.mean, self.std], lr=config.learning_rate)
-        self.lessons = torch.optim.Adam(self.value.parameters(), lr=config.value_learning_rate)
+        self.moves = torch.optim.Adam([self.mean, self.std], lr=config.learning_rate, fused=True)
+        self.lessons = torch.optim.Adam(self.value.parameters(), lr=config.value_learning_rate, fused=True)
         self.memory: Draws | None = None
         self.iteration = 0
 
@@ -159,13 +159,14 @@ class Learner:
         if self.iteration == 0:
             self.value.begin_at(_mean(reward, draws.live))
         state = torch.cat([self.mean.flatten(1), self.std.flatten(1), self.context], 1).detach()
-        known = self.value(state).detach()
+        expected: list[Tensor] = []
         for _ in range(self.config.value_steps):
+            expected.append(self.value(state))
             self.lessons.zero_grad()
-            _mean((self.value(state)[:, None] - reward).square(), draws.live).sum().backward()
+            _mean((expected[-1][:, None] - reward).square(), draws.live).sum().backward()
             self.lessons.step()
-        self.ledger.auxiliary_calls += len(reward) * (1 + self.config.value_steps)
-        return known
+        self.ledger.auxiliary_calls += len(reward) * self.config.value_steps
+        return expected[0].detach()
 
     def _improve(self, draws: Draws, baseline: Float[Tensor, " prompts"]) -> Float[Tensor, " prompts"]:
         """One step on -w·mean[A·clip(ratio)] + k·penalty, A = r - V; returns the share of draws that are clipped."""
@@ -213,10 +214,18 @@ class Learner:
         self.memory = memory.only((ratio - 1).abs() <= self.config.clip_range)
 
 
-class FIND(LearnsNoise[FINDConfig]):
-    """A law of the initial noise for every prompt, learned at test time."""
+class FIND(LearnsNoise):
+    """A law of the initial noise for every prompt, learned at test time.
+
+    Args:
+        config: settings.
+    """
 
     Config = FINDConfig
+
+    def __init__(self, config: FINDConfig) -> None:
+        super().__init__(config)
+        self.config = config
 
     def learner(self, generator: Generator) -> Learner:
         """The policies of a call, at the prior."""

@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +25,7 @@ from difftilt.steering.budget import Meter, metered, spend
 from difftilt.steering.generator import Generator, generator_of
 from difftilt.steering.protocol import Progress, Steered
 from difftilt.training.protocol import Task
-from difftilt.trees import take, tree_map
+from difftilt.trees import take, to_device, tree_map
 
 
 class RoundsConfig(Config):
@@ -37,9 +37,6 @@ class RoundsConfig(Config):
     """Samples per prompt in each of them."""
     samples: int = Field(default=4, ge=1)
     """Fresh samples per prompt at the end."""
-
-
-Settings = TypeVar("Settings", bound=RoundsConfig)
 
 
 class NoiseLearner(Protocol):
@@ -86,8 +83,8 @@ class Learned:
             mine = [row for row, known in enumerate(self.prompts) if known == prompt]
             if not mine:
                 raise UserError(
-                    f"no noise was learned for the prompt {prompt!r}, but for {len(set(self.prompts))} others: fit it "
-                    "(steering.prompts of `difftilt train`), or steer without a fit, which learns it in the call"
+                    f"no noise was learned for the prompt {prompt!r}: name it in steering.prompts of `difftilt train`, "
+                    "or steer without a fit"
                 )
             found.append(mine[prompts[:place].count(prompt) % len(mine)])
         own = tuple(self.policy.mean.shape[1:])
@@ -97,7 +94,7 @@ class Learned:
 
     def state_dict(self) -> dict[str, Tensor]:
         """As tensors; texts are their bytes."""
-        text = torch.frombuffer(bytearray(json.dumps(self.prompts).encode()), dtype=torch.uint8)
+        text = torch.tensor(list(json.dumps(self.prompts).encode()), dtype=torch.uint8)
         history = {f"history/{name}": column for name, column in self.history.items()}
         return {"mean": self.policy.mean, "std": self.policy.std, "prompts": text, **history}
 
@@ -116,15 +113,11 @@ class Learned:
         return Learned(prompts, DiagonalGaussian(state["mean"], state["std"]), history)
 
 
-class LearnsNoise(ABC, Generic[Settings]):
-    """What such a steerer shares: ``Anytime`` and ``Fitted`` of the protocol.
+class LearnsNoise(ABC):
+    """What such a steerer shares: ``Anytime`` and ``Fitted`` of the protocol."""
 
-    Args:
-        config: settings.
-    """
-
-    def __init__(self, config: Settings) -> None:
-        self.config = config
+    def __init__(self, rounds: RoundsConfig) -> None:
+        self.rounds = rounds
         self.fitted: Learned | None = None
         self.latest: Learned | None = None
 
@@ -155,14 +148,14 @@ class LearnsNoise(ABC, Generic[Settings]):
         generator = generator_of(task, denoise, reward, prompts, noise, index)
         before = denoise.ledger.copy()
         missing, complete = torch.zeros_like(generator.index), True
-        if self.fitted is None:
-            self.latest, missing, complete = self._learn(generator, meter, progress)
-        else:
-            cost = generator.price(self.config.samples)
-            if meter is not None and not meter.allows(cost, late=True):
-                raise UserError(f"the budget is less than the fresh samples, which cost {cost} together: raise it")
-            self.latest = self.fitted
-        fresh = self._fresh(generator, self.latest.law(prompts, task.model.shape))
+        learned = self.fitted
+        if learned is None:
+            learned, missing, complete = self._learn(generator, meter, progress)
+        cost = generator.price(self.rounds.samples)
+        if meter is not None and not meter.allows(cost, late=True):
+            raise UserError(f"the budget is less than the fresh samples, {cost} for all prompts: raise it")
+        self.latest = learned
+        fresh = self._fresh(generator, to_device(learned.law(prompts, task.model.shape), generator.index.device))
         invalid = missing + fresh.rewards.isnan().reshape(len(prompts), -1).sum(1)
         return replace(fresh, invalid=invalid, complete=complete, ledger=denoise.ledger - before)
 
@@ -176,9 +169,7 @@ class LearnsNoise(ABC, Generic[Settings]):
         *,
         progress: Progress | None = None,
     ) -> Mapping[str, float]:
-        """Learn a law of the noise for each of these prompts, and keep it for :meth:`steer`.
-
-        Ctrl-C ends it after its present round and keeps what was learned until then.
+        """Learn a law of the noise for each of these prompts; Ctrl-C ends it after its present round.
 
         Returns:
             The last round's numbers, averaged over the prompts, ``first_reward``, and the number of ``rounds``.
@@ -195,16 +186,16 @@ class LearnsNoise(ABC, Generic[Settings]):
         self, generator: Generator, meter: Meter | None, progress: Progress | None
     ) -> tuple[Learned, Int[Tensor, " prompts"], bool]:
         """Rounds of sampling and learning; what was learned, missing rewards, and whether the call ran its course."""
-        config, learner = self.config, self.learner(generator)
-        rounds: list[dict[str, Tensor]] = []
+        config, learner = self.rounds, self.learner(generator)
+        told: list[dict[str, Tensor]] = []
         missing = torch.zeros_like(generator.index)
 
         def advance(units: int) -> bool:
             for _ in range(units):
                 z = learner.draw(config.rollouts)
-                _, _, rewards = generator(z, f"round {len(rounds)}")
+                _, _, rewards = generator(z, f"round {len(told)}")
                 missing.add_(rewards.isnan().sum(1))
-                rounds.append(learner.learn(z, rewards))
+                told.append(learner.learn(z, rewards))
             return True
 
         def cost(units: int) -> Ledger:
@@ -213,13 +204,13 @@ class LearnsNoise(ABC, Generic[Settings]):
         complete = True
         if config.iterations:
             _, complete = spend(config.iterations, 1, cost, advance, meter, progress)
-        history = {name: torch.stack([one[name] for one in rounds]) for name in (rounds[0] if rounds else ())}
+        history = {name: torch.stack([one[name] for one in told]) for name in (told[0] if told else ())}
         policy = tree_map(lambda leaf: leaf.detach().clone(), learner.policy)
         return Learned(tuple(generator.reward.prompts), policy, history), missing, complete
 
     def _fresh(self, generator: Generator, law: DiagonalGaussian) -> Steered:
         """Samples of the laws, all of one weight."""
-        size, prompts = self.config.samples, generator.reward.prompts
+        size, prompts = self.rounds.samples, generator.reward.prompts
         z = law.draws(generator.index, size, generator.noise, "fresh")
         x_0, samples, rewards = generator(z, "fresh")
         known = torch.where(rewards.isnan(), -torch.inf, rewards.double())
