@@ -1,9 +1,9 @@
 """FIND: where its laws of noise come to rest, what its baseline and its clip are for, and what it gains.
 
 The bowl has the identity for a generator, in 16 dimensions: r = 5 - |z - c|²/16, c equally spaced in [-1, 1], so the
-expected reward of a law is 5 - (|mean - c|² + |std|²)/16: 3.62 of the prior. The slope is the ODE of a mixture of one
-Gaussian under a linear reward: its tilted law of the noise is a Gaussian, N(G'·b/temperature, I) with the slope G' of the
-sampler. Prompts are independent repetitions.
+expected reward of a law is 5 - (|mean - c|² + |std|²)/16: 3.62 of the prior. The ODE of a mixture of one Gaussian is
+affine, so under a linear reward the tilted law of its noise is N(G'·b/temperature, I), G' the slope of the sampler.
+Prompts are independent repetitions.
 """
 
 from functools import cache
