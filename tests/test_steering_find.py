@@ -525,14 +525,18 @@ def test_a_stochastic_sampler_draws_anew_in_every_round() -> None:
 
 
 def test_missing_rewards_teach_nothing_and_are_counted() -> None:
+    lost: list[int] = []
+
     def half(samples: Samples) -> Tensor:
         x = samples.media[:, 0]
+        lost.append(int((x <= 0).sum()))
         return torch.where(x > 0, x, torch.nan)
 
     task = replace(ring(), reward=FunctionReward("half", half, Capabilities(missing=True)))
     steerer = find(iterations=10, samples=20)
     steered = steer(steerer, task, ["", ""])
     assert steered.invalid is not None
+    assert int(steered.invalid.sum()) == sum(lost)
     assert bool((steered.invalid > 0).all())
     assert bool(steered.rewards[steered.best].isfinite().all())
     assert steerer.latest is not None
