@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import attribution, memory, signal, ttsnap
+from benchmarks import attribution, memory, pareto, signal, ttsnap
 from benchmarks.paired import Report, Subject, measure
 from benchmarks.sampling import (
     branch_saving,
@@ -59,9 +59,9 @@ GROUPS = {
     "updates": tuple(name for name in BENCHMARKS if name.startswith("update_")),
 }
 """One name for several benchmarks."""
-STUDIES = ("signal", "attribution", "memory", "ttsnap_replay")
+STUDIES = ("signal", "attribution", "memory", "ttsnap_replay", "pareto")
 """No timing: how much of a policy gradient is signal, how much of an advantage the doing of its own step, what an
-iteration keeps, and pruned search over recorded rewards."""
+iteration keeps, pruned search over recorded rewards, and how good the trade-offs of searches are."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +88,8 @@ def study(name: str, size: str, repeats: int, path: Path) -> None:
         console.print(signal.table(signal.run(signal.chosen(size), repeats, path)))
     elif name == "memory":
         console.print(memory.table(memory.run(size, path)))
+    elif name == "pareto":
+        console.print(pareto.table(pareto.run(size, repeats, path)))
     elif name == "attribution":
         console.print(attribution.table(attribution.run(attribution.chosen(size), repeats, path)))
     else:

@@ -208,9 +208,7 @@ def _steered(place: int, record: RunRecord, particles: Particles, number: int) -
         note += f" The first {STEERED} of {len(particles.best)} prompts are shown."
     plots = _fronts(place, particles, number)
     if plots:
-        note += (
-            " Objectives by pairs, across · up; outlined is what no particle of its prompt beats in both."
-        )
+        note += " Objectives by pairs, across · up; outlined is what no particle of its prompt beats in both."
     return Pictures([place], note, prompts[:SHOWN], prompts[SHOWN:], plots)
 
 
