@@ -1,8 +1,8 @@
 """How good are the trade-offs? PepTune, independent samples and soft value-based decoding at equal reward calls.
 
-On ``molecules`` with three objectives: drug-likeness, ease of synthesis, number of rings. A reward call is one objective
-of one molecule. What is no molecule is told for free, by the testbed's filter, and none of them scores it, but where soft
-value-based decoding guesses a clean sample of a noisy state.
+On ``molecules`` with three objectives: drug-likeness, ease of synthesis, number of rings. A reward call is one
+objective of one molecule. What is no molecule is told for free, by the testbed's filter, and none of them scores it,
+but where soft value-based decoding guesses a clean sample of a noisy state.
 """
 
 import json

@@ -218,3 +218,18 @@ def test_the_replay_counts_both_ways_and_never_beats_its_record(tmp_path: Path) 
     for replay in stored["replays"]:
         assert replay["candidates"]["best-of-n"] == [2, 5, 8]
         assert set(replay["increase"]) == {"plain", "noise-aware"}
+
+
+@pytest.mark.long
+def test_the_study_of_trade_offs_spends_no_more_calls_than_allowed(tmp_path: Path) -> None:
+    pareto = importlib.import_module("benchmarks.pareto")
+    rows = pareto.run("tiny", 1, tmp_path / "pareto.json")
+    assert [row.method for row in rows] == [
+        "peptune",
+        "independent samples",
+        "svdd, each objective alone",
+        "svdd, their sum",
+    ]
+    assert all(0 < row.reward_calls <= pareto.CALLS["tiny"] for row in rows)
+    assert len(json.loads((tmp_path / "pareto.json").read_text())) == 4
+    assert len(pareto.table(rows).columns) == 8

@@ -1,15 +1,23 @@
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor
 
+import difftilt as package
 from difftilt.checks.peptune import advanced, begun, toy, valid
 from difftilt.errors import RewardError, UserError
+from difftilt.evaluation.report.charts import Cloud, limits_of, scatter_chart
+from difftilt.evaluation.report.page import write_report
+from difftilt.evaluation.report.pictures import pictures
+from difftilt.evaluation.report.reading import read_runs
+from difftilt.evaluation.report.samples import Particles
 from difftilt.models.denoiser import denoiser
 from difftilt.models.protocol import GenerativeModel
 from difftilt.process.grid import uniform_grid
@@ -284,3 +292,20 @@ def test_what_a_user_can_get_wrong() -> None:
     alone = replace(toy(), reward=FunctionReward("alone", lambda s: s.media.float().mean(1)))
     with pytest.raises(UserError, match=r"was given 'alone': write reward: \{weights"):
         steer(peptune(), alone, [""])
+
+
+def test_the_report_draws_the_trade_offs_by_pairs(tmp_path: Path) -> None:
+    result = package.steer(toy(), method="peptune", output=tmp_path / "run", iterations=10, children=8)
+    kept = load_file(tmp_path / "run" / "samples.safetensors")
+    assert torch.equal(kept["components/zeros"], result.steered.components["zeros"])
+    assert kept["history/archive"].shape == (10, 1)
+    (record,) = read_runs([tmp_path / "run"])
+    assert isinstance(record.samples, Particles)
+    (shown,) = pictures([record], 0)
+    assert [plot.label for plot in shown.plots] == ["ones · pairs", "ones · zeros", "pairs · zeros"]
+    text = write_report([tmp_path / "run"], tmp_path / "out.html").read_text()
+    assert all(plot.svg in text for plot in shown.plots)
+    # outlined are the members that none beats in both
+    pair = torch.stack([kept["components/ones"], kept["components/zeros"]], 1).double()
+    plain = scatter_chart(Cloud(0, pair), limits_of([pair]), 1)
+    assert shown.plots[1].svg.count("<use") - plain.count("<use") == int(front(pair).sum())
