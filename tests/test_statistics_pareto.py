@@ -1,10 +1,13 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from torch import Tensor
 
 from difftilt.statistics.pareto import dominates, front, insert, pareto_rank
+from difftilt.steering.archive import Archive
 
 
 def beats(a: list[float], b: list[float]) -> bool:
@@ -43,6 +46,38 @@ def test_an_archive_filled_row_by_row_is_the_front_of_all_rows_in_any_order(seed
         assert sorted(archive.tolist()) == expected
     kept, entering = insert(a[:10][front(a[:10])], a[10:])
     assert sorted([*a[:10][front(a[:10])][kept].tolist(), *a[10:][entering].tolist()]) == expected
+
+
+def first_front(scores: Tensor) -> list[int]:
+    """Rows of the first front by pymoo, which minimises."""
+    found = NonDominatedSorting().do(-scores.numpy(), only_non_dominated_front=True)
+    return sorted(np.asarray(found).tolist())
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 4])
+def test_fronts_are_those_of_non_dominated_sorting(objectives: int) -> None:
+    tied = points(objectives, 150, objectives)
+    smooth = torch.rand(150, objectives, generator=torch.Generator().manual_seed(9)).double()
+    for scores in (tied, smooth, tied[:1].expand(5, -1)):
+        assert front(scores).nonzero()[:, 0].tolist() == first_front(scores)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_archive_of_samples_is_the_first_front_of_all_that_it_met_each_once(seed: int) -> None:
+    """Samples come in batches and again, and different ones have equal scores; a column is not looked at."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 3, (120, 4), generator=generator)
+    table = points(seed, 3**4, 3)
+    scores = table[(x * 3 ** torch.arange(4)).sum(1)]
+    archive, looked = Archive(x[:0], scores[:0]), torch.tensor([0, 2])
+    for part in torch.arange(120).split(17):
+        archive.add(x[part], scores[part], looked, looked)
+        known = {tuple(one): row for row, one in enumerate(x[: int(part[-1]) + 1].tolist())}
+        every = [*known.values()]
+        expected = {tuple(x[every[row]].tolist()) for row in first_front(scores[every][:, looked])}
+        assert {tuple(one) for one in archive.x.tolist()} == expected
+        assert len(archive.x) == len(expected)
+        assert torch.equal(archive.scores, scores[[known[tuple(one)] for one in archive.x.tolist()]])
 
 
 def test_one_that_only_equals_does_not_dominate() -> None:

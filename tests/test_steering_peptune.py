@@ -1,4 +1,6 @@
 import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,9 @@ from difftilt.process.grid import uniform_grid
 from difftilt.process.masked import MaskedProcess
 from difftilt.rewards.base import FunctionReward
 from difftilt.rewards.compose import WeightedSum
+from difftilt.rewards.distinct import DistinctReward
 from difftilt.rewards.masked import Masked
-from difftilt.rewards.protocol import Samples
+from difftilt.rewards.protocol import Reward, Samples
 from difftilt.sampling.kernels import Unmasking
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
@@ -35,6 +38,7 @@ from difftilt.steering.budget import Budget, metered
 from difftilt.steering.peptune import ParetoSearch, PepTune, PepTuneConfig
 from difftilt.steering.protocol import Steered
 from difftilt.steering.tree import Forest, ParetoFront
+from difftilt.testbeds.mixtures import Mixtures
 from difftilt.training.protocol import Task
 
 
@@ -96,6 +100,81 @@ def test_selection_draws_from_the_front_of_the_bounds(seed: int) -> None:
     assert one == int(children[int(np.argmax([mine[1] for mine in bound]))])
 
 
+def test_exploration_alone_shares_visits_as_seats_are_shared() -> None:
+    """Where all values are equal the largest p/(1 + N) is next: the method of D'Hondt, whose shares are known."""
+    forest, random = Forest(1, 0, 2, width=2), np.random.default_rng(0)
+    children = forest.grow(np.zeros(5, np.int64), np.ones(5, np.int64))
+    forest.prior[children], forest.visits[children], forest.visits[0] = random.dirichlet(np.ones(5)), 1, 1
+    for _ in range(300):
+        chosen = ParetoFront(0.1)(forest, children, 0.5)
+        forest.visits[chosen] += 1
+        forest.visits[0] += 1
+    share = forest.prior[children] / forest.visits[children]
+    # nobody would give a seat for the next one that is not given; a first seat is everybody's
+    assert (forest.prior[children] / (forest.visits[children] + 1)).max() <= share[forest.visits[children] > 1].min()
+    np.testing.assert_allclose(forest.visits[children] / 305, forest.prior[children], atol=5 / 300)
+
+
+@torch.no_grad()
+def test_ranks_alone_count_so_no_increasing_function_of_an_objective_and_no_weight_changes_the_search() -> None:
+    task = toy()
+    assert isinstance(task.reward, WeightedSum)
+    parts = task.reward.rewards
+    bent = {
+        "zeros": FunctionReward("zeros", lambda s: 50 + 7 * parts["zeros"].score(s).exp()),
+        "ones": FunctionReward("ones", lambda s: parts["ones"].score(s) ** 3 - 4),
+        "pairs": parts["pairs"],
+    }
+    other = replace(task, reward=WeightedSum(bent, {"zeros": 100.0, "ones": -3.0, "pairs": 0.01}))
+    one, two = (advanced(search_of(each, iterations=12, children=6)) for each in (task, other))
+    for name in ("parent", "visits", "value", "prior", "closed"):
+        np.testing.assert_array_equal(getattr(one.forest, name), getattr(two.forest, name))
+    assert torch.equal(one.archives.members[0].x, two.archives.members[0].x)
+
+
+@torch.no_grad()
+def test_children_are_independent_draws_of_one_step_that_keep_what_is_visible() -> None:
+    search = search_of(small(length=2, steps=2), children=1000, iterations=2)
+    search.advance()
+    x = search.states.get(search.forest.children(0))
+    # half of the positions are revealed, each letter as likely; two positions have nine outcomes
+    law = torch.tensor([0.25, 0.25, 0.5])
+    counts = torch.bincount(x[:, 0] * 3 + x[:, 1], minlength=9)
+    expected = 1000 * (law[:, None] * law).flatten()
+    assert float(((counts - expected) ** 2 / expected).sum()) < 26.1  # 8 degrees of freedom, 1 in 1000
+    neighbours = (x[::2] == x[1::2]).all(1).float().mean()
+    truth = float((law**2).sum() ** 2)
+    assert abs(float(neighbours) - truth) < 4 * math.sqrt(truth * (1 - truth) / 500)
+    deep = advanced(search_of(small(length=12, steps=4), iterations=6, children=4))
+    nodes = np.arange(1, deep.forest.size)
+    parents, children = (deep.states.get(each) for each in (deep.forest.parent[nodes], nodes))
+    seen = parents < 2
+    assert torch.equal(parents[seen], children[seen])
+
+
+@torch.no_grad()
+def test_every_state_is_evaluated_at_its_own_time() -> None:
+    """At t a share t is masked, in expansions and completions of any level: 16 trees, 200 tokens, all scores equal."""
+    task, seen = small(length=200, steps=4), list[tuple[float, float]]()
+
+    def watching(x: Tensor, t: Tensor, c: object) -> Tensor:
+        seen.extend(zip(t.tolist(), (x == 2).float().mean(1).tolist(), strict=True))
+        return torch.zeros(*x.shape, 2)
+
+    parts = dict.fromkeys(("a", "b"), FunctionReward("same", lambda s: torch.zeros(len(s.media))))
+    model = replace(task.model, network=watching)
+    watched = replace(task, model=model, reward=WeightedSum(parts, dict.fromkeys(parts, 1.0)))
+    search = advanced(search_of(watched, 16, iterations=8, children=2, exploration=0.0))
+    nodes = np.arange(search.forest.size)
+    assert int(search.forest.depth[nodes[search.forest.count(nodes) > 0]].max()) == 3
+    times = sorted({t for t, _ in seen})
+    np.testing.assert_allclose(times, [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
+    for t in times:
+        share = float(np.mean([masked for at, masked in seen if at == t]))
+        # at worst all states of a tree have the same masks
+        assert abs(share - t) <= 4 * math.sqrt(t * (1 - t) / (16 * 200))
+
+
 @torch.no_grad()
 def test_visits_values_and_priors_are_those_of_the_expansions() -> None:
     search = begun(2, children=5, invalid_penalty=0.5)
@@ -146,9 +225,24 @@ def test_priors_of_long_sequences_do_not_underflow() -> None:
     np.testing.assert_allclose(prior, log.softmax(0).numpy(), rtol=1e-3)
 
 
-def test_one_iteration_of_one_child_is_plain_sampling_bit_for_bit() -> None:
+@torch.no_grad()
+def test_priors_of_bonds_are_those_of_their_own_schedule() -> None:
+    task = small(length=8, steps=4)
+    process = MaskedProcess(2, bond=(False, True), power=3.0)
+    search = search_of(replace(task, model=replace(task.model, process=process)), children=6)
+    search.advance()
+    x = search.states.get(search.forest.children(0))
+    plain, bond = 0.5 / 4, 0.5 * (1 - 0.75**3)
+    log = torch.tensor([plain, bond, 1 - plain - bond]).double().log()[x].sum(1)
+    np.testing.assert_allclose(search.forest.prior[search.forest.children(0)], log.softmax(0).numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("bonds", [False, True])
+def test_one_iteration_of_one_child_is_plain_sampling_bit_for_bit(bonds: bool) -> None:
     task, index = toy(), torch.arange(4)
-    task = replace(task, valid=None)
+    bonded = MaskedProcess(4, bond=(False, True, False, False), power=3.0)
+    model = replace(task.model, process=bonded) if bonds else task.model
+    task = replace(task, model=model, valid=None)
     model = denoiser(task.model, forward_batch=8)
     with torch.no_grad():
         start = start_state(task.model.process, Noise(0), index, task.model.shape)
@@ -265,6 +359,37 @@ def test_invalid_and_missing_sequences_are_counted_and_never_chosen() -> None:
         steer(peptune(), never, ["p"])
 
 
+def test_the_call_keeps_budgets_masks_what_is_missing_and_returns_what_an_interrupt_leaves() -> None:
+    task, calls = toy(), [0]
+    assert isinstance(task.reward, WeightedSum)
+
+    def stopping(samples: Samples) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        score = (samples.media == 0).float().mean(1)
+        return torch.where(samples.media[:, 0] == 1, torch.nan, score)
+
+    parts = {**task.reward.rewards, "zeros": FunctionReward("zeros", stopping)}
+    reward = WeightedSum(parts, task.reward.weights)
+    settings: dict[str, Any] = {"method": "peptune", "iterations": 100, "children": 8}
+    with pytest.raises(RewardError, match="zeros"):
+        package.steer(task, reward, **settings)
+    calls[0] = 0
+    found = package.steer(task, reward, **settings, invalid="mask").steered
+    assert not found.complete
+    assert len(found.history["valid"]) == calls[0] == 4
+    assert bool((found.x_0[:, 0] != 1).all())
+    assert bool(front(torch.stack([*found.components.values()], 1)).all())
+    assert not found.rewards.isnan().any()
+    bounded = package.steer(task, **settings, budget={"reward_calls": 200}).steered
+    assert bounded.complete
+    assert 200 - 24 < bounded.ledger.reward_calls <= 200
+    timed = package.steer(task, **settings, budget={"seconds": 1e-6}).steered
+    assert len(timed.history["valid"]) == 1
+    assert not timed.complete
+
+
 def test_budgets_are_kept_and_what_is_done_comes_out() -> None:
     task, steerer = toy(), peptune(iterations=100)
     for budget in (Budget(nfe=200), Budget(reward_calls=50)):
@@ -289,6 +414,14 @@ def test_what_a_user_can_get_wrong() -> None:
             peptune(**wrong)
     with pytest.raises(UserError, match=r"no component 'zero'; did you mean zeros\?"):
         steer(peptune(objectives=("zero",)), toy(), [""])
+    with pytest.raises(UserError, match="zeros is named twice"):
+        steer(peptune(objectives=("zeros", "ones", "zeros")), toy(), [""])
+    parts: dict[str, Reward] = {"ones": FunctionReward("ones", lambda s: s.media.float().mean(1))}
+    parts["distinct"] = DistinctReward(lambda media: media.float() + 1)
+    with pytest.raises(UserError, match="distinct is a reward of a whole set"):
+        steer(peptune(), replace(toy(), reward=WeightedSum(parts, dict.fromkeys(parts, 1.0))), [""])
+    with pytest.raises(UserError, match="masked process"):
+        package.steer(Mixtures().task(), method="peptune")
     alone = replace(toy(), reward=FunctionReward("alone", lambda s: s.media.float().mean(1)))
     with pytest.raises(UserError, match=r"was given 'alone': write reward: \{weights"):
         steer(peptune(), alone, [""])

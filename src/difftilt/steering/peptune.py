@@ -70,7 +70,7 @@ class PepTune:
     Config = PepTuneConfig
 
     def __init__(self, config: PepTuneConfig) -> None:
-        if config.begin_at and (len(config.begin_at) != len(config.objectives) or min(config.begin_at) > 0):
+        if config.begin_at and (len(config.begin_at) != len(config.objectives) or min(config.begin_at) != 0):
             raise UserError(
                 f"begin_at = {config.begin_at} must name one iteration for each of objectives = {config.objectives}, "
                 "and one of them must be 0"
