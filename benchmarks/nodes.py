@@ -23,6 +23,9 @@ from difftilt.testbeds.shapes import Shapes
 
 PROMPT = "two red circles left of a blue square"
 NODES = {"full": 20_000, "tiny": 400}
+Store = Literal["full", "half"]
+Predictions = Literal["cached", "recomputed"]
+SETTINGS: tuple[tuple[Store, Predictions], ...] = (("half", "cached"), ("half", "recomputed"), ("full", "cached"))
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,13 @@ class Row:
 
 
 @torch.no_grad()
-def grown(store: Literal["full", "half"], predictions: Literal["cached", "recomputed"], nodes: int) -> Row:
+def grown(store: Store, predictions: Predictions, nodes: int) -> Row:
     """A tree of at least so many nodes, and what it took."""
     task = Shapes().task()
     # far more rollouts than will be done: so the tree keeps what a tree that is still growing keeps
     config = DTSConfig(rollouts=nodes, batch=32, temperature=0.1, store=store, predictions=predictions)
     parts = Boltzmann(config.temperature), soft_value(config.temperature)
-    network = denoiser(task.model, forward_batch=32)
+    network = denoiser(task.model)
     search = Search.begin(config, *parts, task, network, task.reward, [PROMPT], Noise(0))
     search.advance(32)  # what the first call of the network allocates is no node's
     before = resident_mb()
@@ -72,11 +75,12 @@ def grown(store: Literal["full", "half"], predictions: Literal["cached", "recomp
 
 
 def run(size: str, path: Path) -> list[Row]:
-    """Half precision with and without predictions, and full precision; the rows are written to ``path``."""
-    nodes = NODES[size]
-    rows = [grown("half", "recomputed", nodes), grown("half", "cached", nodes), grown("full", "cached", nodes)]
+    """Half precision with predictions and without, and full precision; ``path`` gets every row when it is there."""
+    rows = list[Row]()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    for store, predictions in SETTINGS:
+        rows.append(grown(store, predictions, NODES[size]))
+        path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return rows
 
 

@@ -1,14 +1,16 @@
 """How good are the trade-offs? PepTune, independent samples and soft value-based decoding at equal reward calls.
 
-On ``molecules`` with three objectives: drug-likeness, ease of synthesis, number of rings. A reward call is one
-objective of one molecule. What is no molecule is told for free, by the testbed's filter, and none of them scores it,
-but where soft value-based decoding guesses a clean sample of a noisy state.
+On ``molecules`` (drug-likeness, ease of synthesis, nearness to a partition coefficient) and on ``peptides`` (charge,
+hydrophobicity, hydrophobic moment). A reward call is one objective of one sample. What is invalid is told for free, by
+the testbed's filter, and none of them scores it, but where soft value-based decoding guesses a clean sample of a noisy
+state.
 """
 
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -28,12 +30,42 @@ from difftilt.steering.budget import Budget
 from difftilt.steering.peptune import PepTune, PepTuneConfig
 from difftilt.steering.svdd import SVDD, SVDDConfig
 from difftilt.steering.within import steer_within
-from difftilt.testbeds.molecules import Config, Molecules
+from difftilt.testbeds.molecules import Config as MoleculesConfig
+from difftilt.testbeds.molecules import Molecules
+from difftilt.testbeds.peptides import Config as PeptidesConfig
+from difftilt.testbeds.peptides import Peptides
 from difftilt.training.protocol import Task
 
-OBJECTIVES = ("qed", "sa", "rings")
 CALLS = {"full": 3000, "tiny": 60}
 STEPS = {"full": 20, "tiny": 4}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A testbed and what is traded off on it.
+
+    Attributes:
+        name: of the testbed.
+        spread: objective -> standard deviation over samples of the base, to two digits: the unit of the sum, and of
+            SVDD's temperature.
+        make: steps -> the testbed.
+    """
+
+    name: str
+    spread: Mapping[str, float]
+    make: Callable[[int], Molecules | Peptides]
+
+
+SETTINGS = (
+    Setting(
+        "molecules", {"qed": 0.15, "sa": 0.076, "logp": 0.33}, lambda steps: Molecules(MoleculesConfig(steps=steps))
+    ),
+    Setting(
+        "peptides",
+        {"charge": 1.7, "hydrophobicity": 0.25, "moment": 0.14},
+        lambda steps: Peptides(PeptidesConfig(steps=steps)),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -41,13 +73,14 @@ class Row:
     """One search.
 
     Attributes:
-        method, seed: which.
+        testbed, method, seed: which.
         hypervolume: that the found trade-offs dominate above 0.
         front: different ones of them.
         best: largest value of each objective.
         reward_calls, nfe: spent.
     """
 
+    testbed: str
     method: str
     seed: int
     hypervolume: float
@@ -61,6 +94,7 @@ class Row:
 class Bench:
     """The task, and the reward calls that a search may spend."""
 
+    setting: Setting
     task: Task
     goals: Goals
     calls: int
@@ -72,83 +106,100 @@ class Bench:
         config = PepTuneConfig(iterations=self.calls, children=self.children, exploration=0.3)
         found = steer_within(PepTune(config), self.task, model, self.task.reward, [""], Noise(seed), budget=budget)
         scores = torch.stack([*found.components.values()], 1).double()
-        return _row("peptune", seed, scores, found.ledger)
+        return self.row("peptune", seed, scores, found.ledger)
 
     @torch.no_grad()
     def independent(self, seed: int) -> Row:
         """Samples of the model, the valid ones scored, until the calls are spent."""
-        model, found, place = self.model(), torch.zeros(0, len(OBJECTIVES)), 0
-        while len(found) < self.calls // len(OBJECTIVES):
+        model, found, place = self.model(), torch.zeros(0, len(self.setting.spread)), 0
+        while len(found) < self.calls // len(self.setting.spread):
             index, noise, place = torch.arange(place, place + 64), Noise(seed), place + 64
             start = start_state(model.process, noise, index, self.task.model.shape)
             x = sample(model, self.task.sampler, start, None, noise=noise, index=index)
-            found = torch.cat([found, self.scored(x, model.ledger, self.calls // len(OBJECTIVES) - len(found))])
-        return _row("independent samples", seed, found.double(), model.ledger)
+            found = torch.cat(
+                [found, self.scored(x, model.ledger, self.calls // len(self.setting.spread) - len(found))]
+            )
+        return self.row("independent samples", seed, found.double(), model.ledger)
 
     def alone(self, seed: int) -> Row:
         """SVDD on each objective with a third of the calls."""
         model = self.model()
         parts = [
-            self.decoded(model, self.goals.reward.rewards[name], seed + 100 * place, self.calls // len(OBJECTIVES))
-            for place, name in enumerate(OBJECTIVES)
+            self.decoded(
+                model, self.goals.reward.rewards[name], seed + 100 * place, self.calls // len(self.setting.spread)
+            )
+            for place, name in enumerate(self.setting.spread)
         ]
-        return _row("svdd, each objective alone", seed, torch.cat(parts).double(), model.ledger)
+        return self.row("svdd, each objective alone", seed, torch.cat(parts).double(), model.ledger)
 
     def summed(self, seed: int) -> Row:
         """SVDD on the sum of the objectives."""
         model = self.model()
-        return _row("svdd, their sum", seed, self.decoded(model, self.goals.reward, seed, self.calls), model.ledger)
+        return self.row("svdd, their sum", seed, self.decoded(model, self.goals.reward, seed, self.calls), model.ledger)
 
     def decoded(self, model: NetworkDenoiser, reward: Reward, seed: int, calls: int) -> Tensor:
         """Objectives of as many samples of SVDD as the calls allow, the scoring of what it found included."""
-        each = len(OBJECTIVES) if isinstance(reward, WeightedSum) else 1
-        config = SVDDConfig(children=4, temperature=0.05, value="x0_samples", x0_samples=1)
-        one = SVDD(config).price(len(self.task.sampler.grid) - 1).reward_calls * each + len(OBJECTIVES)
+        each = len(self.setting.spread) if isinstance(reward, WeightedSum) else 1
+        # a third of the spread of what is steered to
+        temperature = 1 / 3 * (1 if isinstance(reward, WeightedSum) else self.setting.spread[reward.name])
+        config = SVDDConfig(children=4, temperature=temperature, value="x0_samples", x0_samples=1)
+        one = SVDD(config).price(len(self.task.sampler.grid) - 1).reward_calls * each + len(self.setting.spread)
         steerer = SVDD(config.model_copy(update={"particles": max(1, calls // one)}))
         x = steerer.steer(self.task, model, reward, [""], Noise(seed)).media
         return self.scored(x, model.ledger, len(x))
+
+    def row(self, method: str, seed: int, scores: Tensor, spent: Ledger) -> Row:
+        """What the scores of all valid samples that a search came up with are worth."""
+        best = scores[front(scores)].unique(dim=0)
+        tops: dict[str, float] = dict(zip(self.setting.spread, scores.amax(0).tolist(), strict=True))
+        volume = hypervolume(best.clamp(min=0))
+        return Row(self.setting.name, method, seed, volume, len(best), tops, spent.reward_calls, spent.nfe)
 
     def model(self) -> NetworkDenoiser:
         """With a ledger of its own."""
         return denoiser(self.task.model, forward_batch=64)
 
     def scored(self, x: Tensor, ledger: Ledger, most: int) -> Tensor:
-        """Objectives of the molecules among some samples, of so many at most."""
+        """Objectives of the valid ones among some samples, of so many at most."""
         assert self.task.valid is not None
         x = x[self.task.valid(x)][:most]
         every = [""] * len(x)
         return self.goals.score(Samples(x, every, every, torch.zeros(len(x), dtype=torch.int64)), ledger).float()
 
 
-def _row(method: str, seed: int, scores: Tensor, spent: Ledger) -> Row:
-    """What the scores of all molecules that a search came up with are worth."""
-    best = scores[front(scores)].unique(dim=0)
-    tops: dict[str, float] = dict(zip(OBJECTIVES, scores.amax(0).tolist(), strict=True))
-    return Row(method, seed, hypervolume(best), len(best), tops, spent.reward_calls, spent.nfe)
-
-
 def run(size: str, seeds: int, path: Path) -> list[Row]:
-    """Every search with every seed; the rows are written to ``path``."""
-    testbed = Molecules(Config(steps=STEPS[size]))
-    offered = testbed.rewards()
-    reward = WeightedSum({name: offered[name] for name in OBJECTIVES}, dict.fromkeys(OBJECTIVES, 1.0))
-    task = replace(testbed.task(), reward=reward)
-    bench = Bench(task, Goals.of(reward), CALLS[size], 25 if size == "full" else 4)
-    searches: tuple[Callable[[int], Row], ...] = (bench.peptune, bench.independent, bench.alone, bench.summed)
-    rows = [search(seed) for seed in range(seeds) for search in searches]
+    """Every search of every testbed with every seed; ``path`` gets every row when it is there."""
+    rows = list[Row]()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    for setting in SETTINGS:
+        bench = bench_of(setting, size)
+        searches: tuple[Callable[[int], Row], ...] = (bench.peptune, bench.independent, bench.alone, bench.summed)
+        for seed, search in product(range(seeds), searches):
+            rows.append(search(seed))
+            path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     return rows
 
 
+def bench_of(setting: Setting, size: str) -> Bench:
+    """The task of a setting; the sum of its objectives is in units of their spread."""
+    testbed = setting.make(STEPS[size])
+    offered = testbed.rewards()
+    reward = WeightedSum(
+        {name: offered[name] for name in setting.spread}, {name: 1 / one for name, one in setting.spread.items()}
+    )
+    task = replace(testbed.task(), reward=reward)
+    return Bench(setting, task, Goals.of(reward), CALLS[size], 25 if size == "full" else 4)
+
+
 def table(rows: Sequence[Row]) -> Table:
-    """One row per method, mean and standard deviation over the seeds."""
-    shown = Table("method", "hypervolume", "front", *OBJECTIVES, "reward calls", "nfe", box=None)
-    for method in dict.fromkeys(row.method for row in rows):
-        mine = [row for row in rows if row.method == method]
+    """One row per testbed and method, mean and standard deviation over the seeds."""
+    names = ("testbed", "method", "hypervolume", "front", "best of each objective", "reward calls", "nfe")
+    shown = Table(*names, box=None)
+    for testbed, method in dict.fromkeys((row.testbed, row.method) for row in rows):
+        mine = [row for row in rows if (row.testbed, row.method) == (testbed, method)]
         columns = [[row.hypervolume for row in mine], [float(row.front) for row in mine]]
-        columns += [[row.best[name] for row in mine] for name in OBJECTIVES]
         cells = [f"{statistics.mean(one):.3g} ± {statistics.pstdev(one):.2g}" for one in columns]
+        best = ", ".join(f"{name} {statistics.mean(row.best[name] for row in mine):.3g}" for name in mine[0].best)
         spent = (statistics.mean(row.reward_calls for row in mine), statistics.mean(row.nfe for row in mine))
-        shown.add_row(method, *cells, *(f"{value:.0f}" for value in spent))
+        shown.add_row(testbed, method, *cells, best, *(f"{value:.0f}" for value in spent))
     return shown
