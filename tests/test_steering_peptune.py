@@ -21,6 +21,7 @@ from difftilt.evaluation.report.pictures import pictures
 from difftilt.evaluation.report.reading import read_runs
 from difftilt.evaluation.report.samples import Particles
 from difftilt.models.denoiser import denoiser
+from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import GenerativeModel
 from difftilt.process.grid import uniform_grid
 from difftilt.process.masked import MaskedProcess
@@ -209,6 +210,35 @@ def test_visits_values_and_priors_are_those_of_the_expansions() -> None:
     for node, _, _ in expansions:
         assert float(forest.prior[forest.children(node)].sum()) == pytest.approx(1)
         assert not forest.closed[node] or forest.closed[forest.children(node)].all()
+
+
+@torch.no_grad()
+def test_the_reward_of_a_child_is_a_vector_of_shares_of_the_archive_that_it_meets() -> None:
+    search, seen = begun(2, children=5), list[tuple[Tensor, Tensor]]()
+    add = search.archives.add
+
+    def watching(x_0: Tensor, root: Tensor, active: Tensor) -> Any:
+        seen.append((x_0, root))
+        return add(x_0, root, active)
+
+    search.archives.add = watching  # type: ignore[method-assign]
+    for _ in range(12):
+        search.advance()
+    x, root = (torch.cat([one[place] for one in seen]) for place in (0, 1))
+    scores = search.archives.goals.score(Samples(x, [""] * len(x), [""] * len(x), root), Ledger()).tolist()
+    archive: dict[int, dict[tuple[int, ...], list[float]]] = {0: {}, 1: {}}
+    for node, (tokens, tree, ok, mine) in enumerate(zip(x.tolist(), root.tolist(), valid(x), scores, strict=True), 2):
+        held = archive[tree]
+        ranks = [sum(mine[k] >= one[k] for one in held.values()) / len(held) for k in range(3)] if held else [1.0] * 3
+        # what an expansion has added since stands on top of it
+        if search.forest.visits[node] == 1:
+            np.testing.assert_allclose(search.forest.value[node], ranks if ok else [0.0] * 3, atol=1e-12)
+        worse = [all(a >= b for a, b in zip(one, mine, strict=True)) and one != mine for one in held.values()]
+        if ok and not any(worse):
+            beaten = [key for key, one in held.items() if one != mine and all(np.array(mine) >= one)]
+            archive[tree] = {key: one for key, one in held.items() if key not in beaten} | {tuple(tokens): mine}
+    for tree, members in enumerate(search.archives.members):
+        assert {tuple(one) for one in members.x.tolist()} == set(archive[tree])
 
 
 @torch.no_grad()
