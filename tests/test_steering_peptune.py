@@ -162,7 +162,8 @@ def test_every_state_is_evaluated_at_its_own_time() -> None:
         seen.extend(zip(t.tolist(), (x == 2).float().mean(1).tolist(), strict=True))
         return torch.zeros(*x.shape, 2)
 
-    parts = dict.fromkeys(("a", "b"), FunctionReward("same", lambda s: torch.zeros(len(s.media))))
+    same = FunctionReward("same", lambda s: torch.zeros(len(s.media)))
+    parts: dict[str, Reward] = {"a": same, "b": same}
     model = replace(task.model, network=watching)
     watched = replace(task, model=model, reward=WeightedSum(parts, dict.fromkeys(parts, 1.0)))
     search = advanced(search_of(watched, 16, iterations=8, children=2, exploration=0.0))
