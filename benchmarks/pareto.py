@@ -104,7 +104,7 @@ class Bench:
     def peptune(self, seed: int) -> Row:
         """Until the calls are spent."""
         model, budget = self.model(), Budget(reward_calls=self.calls)
-        config = PepTuneConfig(iterations=self.calls, children=self.children, exploration=0.3)
+        config = PepTuneConfig(iterations=self.calls, children=self.children)
         found = steer_within(PepTune(config), self.task, model, self.task.reward, [""], Noise(seed), budget=budget)
         scores = torch.stack([*found.components.values()], 1).double()
         return self.row("peptune", seed, scores, found.ledger)
@@ -203,7 +203,7 @@ def bench_of(setting: Setting, size: str) -> Bench:
         {name: offered[name] for name in setting.spread}, {name: 1 / one for name, one in setting.spread.items()}
     )
     task = replace(testbed.task(), reward=reward)
-    return Bench(setting, task, Goals.of(reward), CALLS[size], 25 if size == "full" else 4)
+    return Bench(setting, task, Goals.of(reward), CALLS[size], 10 if size == "full" else 4)
 
 
 def table(rows: Sequence[Row]) -> Table:

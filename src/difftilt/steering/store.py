@@ -20,7 +20,7 @@ BLOCK = 1024
 class NodeStore(Generic[T]):
     """Rows of a tree of tensors (``difftilt.trees``) by the number of a node; all rows have one structure.
 
-    Half precision is float16 for floating point numbers and int16 for whole ones. A float that came from it differs by
+    Half precision is float16 for floating point numbers and int32 for whole ones. A float that came from it differs by
     up to 1 part in 2048 from what was stored.
 
     Attributes:
