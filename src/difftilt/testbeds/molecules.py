@@ -46,7 +46,7 @@ CHECKPOINT = Path(__file__).parent / "checkpoints" / "molecules"
 class Config(BaseConfig):
     """The sampler and the reward."""
 
-    steps: int = Field(default=24, ge=1)
+    steps: int = Field(default=16, ge=1)
     """Of the sampler, equally spaced in t; a sequence has 12 tokens."""
     reward: Literal["qed", "logp", "sa", "weight", "rings", "valid"] = "qed"
     """Drug-likeness, nearness to a partition coefficient, ease of synthesis, nearness to a weight, number of rings, or
