@@ -29,6 +29,9 @@ STEERED = 24
 PARTICLES = 16
 """Particles of one prompt that are shown, those of the largest weight."""
 
+COMPONENT = "components/"
+"""What stands before the name of a further score of each particle, among the tensors that are kept."""
+
 
 @dataclass(frozen=True)
 class SteerResult:
@@ -139,5 +142,8 @@ def _rows(steered: Steered, prompts: Sequence[str]) -> list[dict[str, Any]]:
 
 def _tensors(steered: Steered) -> dict[str, Tensor]:
     names = ("x_0", "media", "group", "weight", "rewards", "best", "log_z", "ess", "ancestors")
+    found: dict[str, Tensor] = {name: getattr(steered, name) for name in names}
+    found |= {f"{COMPONENT}{name}": scores for name, scores in steered.components.items()}
+    found |= {f"history/{name}": values for name, values in steered.history.items()}
     # own storage: safetensors refuses tensors that share memory, as media may with x_0
-    return {name: getattr(steered, name).detach().cpu().contiguous().clone() for name in names}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
