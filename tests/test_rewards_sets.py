@@ -12,7 +12,7 @@ from torch import Tensor
 
 import difftilt
 from difftilt import leaves
-from difftilt.checks.trial import loop_of
+from difftilt.checks.trial import loop_of, make_method
 from difftilt.errors import RewardError, UserError
 from difftilt.models.ledger import Ledger
 from difftilt.recipes.building import build_task
@@ -47,6 +47,8 @@ from difftilt.statistics import (
     vendi_score,
 )
 from difftilt.testbeds.mixtures import Config, Mixtures
+from difftilt.training.config import TrainingConfig
+from difftilt.training.loop import train_task
 from difftilt.training.measure import measure
 
 
@@ -238,6 +240,40 @@ def test_a_set_reward_is_refused_by_methods_of_single_samples(name: str, tmp_pat
     with pytest.raises(UserError, match=rf"{name} needs a per-sample reward.*use dragon"):
         difftilt.train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def mixed() -> WeightedSum:
+    return WeightedSum({"near": distance(torch.zeros(2)), "vendi": VendiReward()}, {"near": 1.0, "vendi": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("crd", {"kl_guidance": 1.0}),
+        ("gdro", {"collect": 4}),
+        ("prdp", {}),
+        ("diffusion-nft", {}),
+        ("gardo", {"gate": "all"}),
+    ],
+)
+def test_from_python_too_and_with_one_part_of_a_sum(name: str, settings: dict[str, Any]) -> None:
+    task = Mixtures(Config(steps=4)).task()
+    method = make_method(name, task, **settings)
+    for reward in (VendiReward(), mixed()):
+        with pytest.raises(UserError, match=rf"{name} needs a per-sample reward.*part of its sum"):
+            train_task(replace(task, reward=reward), method, TrainingConfig(iterations=1, evaluate_every=0))
+
+
+def test_recipes_refuse_a_sum_with_a_set_reward(tmp_path: Path) -> None:
+    bed, reward = {"name": "tones"}, {"weights": {"consonance": 1.0, "vendi": 1.0}}
+    with pytest.raises(UserError, match="diffusion-nft needs a per-sample reward"):
+        difftilt.train({"testbed": bed, "reward": reward, "method": {"name": "diffusion-nft"}}, tmp_path / "run")
+    with pytest.raises(UserError, match="scores of samples to scores of sets"):
+        difftilt.train({"testbed": bed, "reward": reward, "method": {"name": "dragon"}}, tmp_path / "run")
+    with pytest.raises(UserError, match="scores sets"):
+        difftilt.collect({"testbed": bed, "reward": reward, "method": {"name": "gdro"}}, tmp_path / "d", groups=2)
+    with pytest.raises(UserError, match="scores of samples to scores of sets"):
+        as_set(WeightedSum({"inner": mixed()}, {"inner": 1.0}))
 
 
 def test_recipes_name_set_rewards(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def _task(recipe: Recipe, size: int) -> Task:
     if size < 2:
         raise UserError(f"group size {size}: a group of one cannot be ranked; ask for at least 2")
     task = build_task(replace(recipe, method=None, steerer=None, data=None))
-    if task.reward.capabilities.set_valued:
+    if task.reward.capabilities.of_sets:
         raise UserError(f"reward {task.reward.name!r} scores sets: offline groups need a score for each sample")
     if not isinstance(task.model.network, nn.Module):
         raise UserError(f"task {task.name} has no weights to train: there is nothing that data could be used for")

@@ -73,10 +73,15 @@ def as_set(reward: Reward) -> SetReward:
     """The reward if it scores sets by features, else the mean of an instance reward.
 
     Raises:
-        UserError: for a reward of sets without features.
+        UserError: for a reward of sets without features, or a sum in which only some parts score sets.
     """
-    if not reward.capabilities.set_valued:
+    if not reward.capabilities.of_sets:
         return MeanReward(reward)
+    if reward.capabilities.mixed:
+        raise UserError(
+            f"reward {reward.name!r} adds scores of samples to scores of sets, of which a search would see only one: "
+            "use one member of the sum"
+        )
     if reward.capabilities.features and isinstance(reward, SetReward):
         return reward
     raise UserError(
