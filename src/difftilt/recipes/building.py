@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from difftilt.errors import UserError
-from difftilt.leaves import find, load, nearest
+from difftilt.leaves import card_of, find, load, nearest
 from difftilt.recipes.parts import Part
 from difftilt.recipes.schema import Recipe, RewardWeights
 from difftilt.rewards import Reward, WeightedSum, as_reward
@@ -28,11 +28,20 @@ def build_task(recipe: Recipe) -> Task:
     if recipe.weights is not None:
         task = replace(task, reward=_weighted(testbed, recipe.weights))
     if recipe.data is not None:
+        _reads_data(recipe)
         task = replace(task, data=load_data(Path(recipe.data), task, recipe.resolved().get("reward")))
     algorithm = recipe.method or recipe.steerer
     if algorithm is not None:
         check_needs(load(algorithm.kind, algorithm.name), task, algorithm.config)
     return task
+
+
+def _reads_data(recipe: Recipe) -> None:
+    """Refuse data that the method of the recipe would not look at."""
+    assert recipe.method is not None  # a recipe with data has a method
+    card = card_of(load(recipe.method.kind, recipe.method.name))
+    if card is not None and "offline data" not in card.needs:
+        raise UserError(f"data: {card.name} draws its own samples and reads no data set: leave data out, or use gdro")
 
 
 def _weighted(testbed: object, chosen: RewardWeights) -> WeightedSum:

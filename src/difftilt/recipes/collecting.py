@@ -29,6 +29,7 @@ from difftilt.recipes.schema import Recipe, SteeringConfig
 from difftilt.rewards import WeightedSum
 from difftilt.sampling.noise import Noise
 from difftilt.training.config import TrainingConfig
+from difftilt.training.drawn import drawn_by
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.logs import write_text
 from difftilt.training.offline import (
@@ -117,6 +118,7 @@ def _plan(recipe: Recipe, task: Task, groups: int, size: int) -> dict[str, Any]:
         "groups": groups,
         "group_size": size,
         "weights": fingerprint(task.model.network),
+        "drawn": json.loads(drawn_by(task, task.prompts).model_dump_json()),
         "grid": task.sampler.grid.tolist(),
         "guidance": task.sampler.guidance,
         "seed": _settings(recipe).seed,
