@@ -2,10 +2,15 @@
 
 from collections.abc import Callable
 
+import torch
+
 from difftilt.errors import UserError
 from difftilt.leaves import card_of, nearest
 from difftilt.process.gaussian import GaussianProcess
 from difftilt.process.masked import MaskedProcess
+from difftilt.rewards.of_sets import OfSets
+from difftilt.rewards.protocol import Reward, Samples
+from difftilt.rewards.reference import same_space
 from difftilt.training.protocol import Task
 
 NEEDS: dict[str, tuple[Callable[[Task], bool], str]] = {
@@ -63,3 +68,17 @@ def check_needs(algorithm: object, task: Task, config: object) -> None:
         if not met(task):
             article = "" if need.endswith("data") else "a "
             raise UserError(f"{card.name} needs {article}{need}, which {task.name!r} does not offer: {remedy}")
+
+
+def check_space(reward: Reward, task: Task) -> None:
+    """Refuse a reward whose reference has features of another dimension than a sample of the task.
+
+    One latent of zeros is decoded and encoded to find out, and not counted.
+    """
+    if not isinstance(reward, OfSets) or reward.dim is None:
+        return
+    text = list(task.prompts[:1])
+    with torch.no_grad():
+        media = task.model.decode(torch.zeros(1, *task.model.shape))
+        sample = Samples(media, text, text, torch.zeros(1, dtype=torch.int64), task.model.encode(text))
+        same_space(reward.name, reward.features(sample), reward.dim)
