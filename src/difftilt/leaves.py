@@ -8,6 +8,7 @@ import difflib
 import importlib
 import importlib.metadata
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -120,6 +121,16 @@ def _literal_card(node: ast.expr, where: str) -> Card:
 
 def _module(file: Path) -> str:
     return ".".join(("difftilt", *file.relative_to(PACKAGE).with_suffix("").parts))
+
+
+def card_of(entry: object) -> Card | None:
+    """The card of the leaf in whose file a class, a function, or an object's class or a parent stands; or None."""
+    kinds = entry.__mro__ if isinstance(entry, type) else (entry, *type(entry).__mro__)
+    for kind in kinds:
+        card = getattr(sys.modules.get(getattr(kind, "__module__", "")), "CARD", None)
+        if isinstance(card, Card):
+            return card
+    return None
 
 
 def _entry(module: Any, entry: str, where: str) -> Callable[..., Any]:

@@ -11,10 +11,10 @@ from torch import nn
 
 from difftilt.config import Problems, dump
 from difftilt.errors import UserError
-from difftilt.leaves import find
+from difftilt.leaves import load
 from difftilt.models.denoiser import denoiser
 from difftilt.models.protocol import GenerativeModel
-from difftilt.recipes.building import build_task, check_needs, require
+from difftilt.recipes.building import build_task, require
 from difftilt.recipes.fitting import load_fitted
 from difftilt.recipes.parts import read_part
 from difftilt.recipes.prompts import prompts_of
@@ -29,6 +29,7 @@ from difftilt.sampling.presets import default_sampler
 from difftilt.sampling.protocol import Sampler
 from difftilt.steering.protocol import Anytime, Progress, Steerer
 from difftilt.steering.within import steer_within
+from difftilt.training.needs import check_needs
 from difftilt.training.protocol import Task
 
 Scored = Reward | ScoreFunction
@@ -100,8 +101,10 @@ def call_of_objects(
         problems.add(f"{', '.join(theirs)}: settings of a steerer belong into it, where it is given as an object")
     problems.check("steer")
     task = _task(source, reward, prompts, sampler)
-    if part is not None and ":" not in part.name:
-        check_needs(find("steerers", part.name).card, task, part.config)
+    if part is None:
+        check_needs(method, task, getattr(method, "config", None))
+    else:
+        check_needs(load("steerers", part.name), task, part.config)
     steerer = cast(Steerer, method if part is None else part.build(task))
     wanted = list(task.heldout_prompts if prompts is None else prompts)
     if not wanted:

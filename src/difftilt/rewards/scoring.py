@@ -1,6 +1,7 @@
 """The one door through which samples reach a reward: counted, checked, every component kept."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -123,8 +124,13 @@ def _checked(reward: Reward, name: str, samples: Samples, ledger: Ledger, gather
     return to_members(scores, samples.group) if sets else scores
 
 
+def blamed(name: str, rows: int) -> AbstractContextManager[None]:
+    """Within it, whatever is raised names the reward and its samples."""
+    return _Blame(name, rows)
+
+
 @dataclass(frozen=True)
-class _Blame:
+class _Blame(AbstractContextManager[None]):
     """Turns whatever a reward raises into a :class:`RewardError` that names it; the cause is chained.
 
     A reward is foreign code and may raise anything; a context manager sees every exception without a handler that

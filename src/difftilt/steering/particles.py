@@ -144,7 +144,7 @@ def bind(reward: Reward, task: Task, prompts: Sequence[str], denoise: Denoiser) 
     Raises:
         UserError: for a reward that scores sets.
     """
-    if reward.capabilities.set_valued:
+    if reward.capabilities.of_sets:
         raise UserError(f"particles are weighted one by one; {reward.name!r} scores sets: use a set search instead")
     return LatentReward(reward, task.model.decode, prompts, denoise.ledger)
 

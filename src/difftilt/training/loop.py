@@ -21,6 +21,7 @@ from difftilt.training.gallery import gallery_of, save_gallery, show
 from difftilt.training.logs import append_row, read_rows, truncate_rows, write_text
 from difftilt.training.measure import Measured, diversity_of, measure, quick_drift
 from difftilt.training.monitors import Verdict, judge, summarise
+from difftilt.training.needs import check_needs
 from difftilt.training.protocol import Method, Task
 from difftilt.training.run import LoopRun
 from difftilt.training.state import check_saved, put_back, state_of
@@ -217,6 +218,7 @@ def assemble(
     world: World,
 ) -> Loop:
     """A loop ready to iterate: adapted model, roles, optimisers. Arguments as in :func:`train_task`."""
+    check_needs(method, task, getattr(method, "config", None))
     model = method.adapt(task.model)
     if not isinstance(model.network, nn.Module):
         raise UserError(f"task {task.name} has no weights to train: its network is not an nn.Module")
