@@ -129,11 +129,11 @@ def _task(
 def run_call(call: SteerCall, progress: Progress | None = None) -> SteerResult:
     """Run it, within its budget."""
     task, steering = call.task, call.steering
-    if steering.fitted is not None:
-        load_fitted(call.steerer, Path(steering.fitted))
     if isinstance(task.model.network, nn.Module):
         task.model.network.to(steering.device)
     denoise = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=steering.forward_batch)
+    if steering.fitted is not None:
+        load_fitted(call.steerer, Path(steering.fitted), task, call.reward)
     began = time.perf_counter()
     steered = steer_within(
         call.steerer, task, denoise, call.reward, call.prompts, Noise(steering.seed), progress=progress,
