@@ -25,6 +25,7 @@ from benchmarks.sampling import (
     tree_overhead,
 )
 from benchmarks.sets import leave_one_out, swaps
+from benchmarks.steering import dlbs_overhead, svdd_overhead, ttsnap_overhead
 from benchmarks.training import (
     crd_overhead,
     dragon_overhead,
@@ -48,6 +49,9 @@ BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
     "update_prdp": prdp_overhead,
     "update_dragon": dragon_overhead,
     "fk_steering": fk_overhead,
+    "svdd": svdd_overhead,
+    "dlbs": dlbs_overhead,
+    "ttsnap": ttsnap_overhead,
     "dts": dts_overhead,
     "dts_frontier": dts_frontier,
     "noise": noise_cost,
