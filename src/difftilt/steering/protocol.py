@@ -201,6 +201,15 @@ class Learns(Protocol):
 
 
 @runtime_checkable
+class Judges(Protocol):
+    """A search that does not choose by the reward alone: rounds that are joined are judged as each of them was."""
+
+    def judged(self, steered: Steered, reward: Reward) -> Steered:
+        """The samples of several rounds with the best of each prompt chosen anew among all of them."""
+        ...
+
+
+@runtime_checkable
 class SelfFitting(Protocol):
     """A fitted steerer whose fit serves all later calls: a budget is for what comes after it."""
 
