@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 
 from difftilt.evaluation.arena.crossover import Crossover, Point, cost_of, crossovers, rising, save_crossover_picture
 from difftilt.evaluation.arena.records import ArenaResult, Entry, MemberRun, Reading
-from difftilt.evaluation.arena.tables import markdown_tables
+from difftilt.evaluation.arena.tables import pays
 from difftilt.models.ledger import Ledger
 
 SAMPLES = 10
@@ -58,10 +58,11 @@ def test_below_the_first_steered_value_the_number_is_a_bound_and_shown_as_one(tm
     outcome = result(learned, searched)
     (found,) = crossovers(outcome)
     assert found.points == (Point(0.2, 400 / (16 - 8), at_least=True),)
-    assert "≥ 50 samples" in markdown_tables(outcome)
+    assert pays([found]).rows[0][3] == "≥ 50 samples"
     # at the very value it is known
     (known,) = crossovers(result([learned[0], reading(0.3, Ledger(480))], searched))
     assert known.points == (Point(0.3, 50.0),)
+    assert pays([known]).rows[0][3] == "50 samples"
     arrows: list[object] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Axes, "errorbar", lambda self, x, y, up, **how: arrows.append((x, y, how["lolims"], how["mfc"])))

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from difftilt.checks.fk_steering import Law, sequence_truth, steer
 from difftilt.checks.proof import Proof
-from difftilt.checks.svdd import noise_floor
 from difftilt.models.denoiser import denoiser
 from difftilt.sampling.noise import Noise
 from difftilt.statistics.discrete import histogram, total_variation
@@ -231,7 +230,19 @@ class Trees:
     @property
     def independent(self) -> float:
         """The distance expected of as many independent samples of the tilted law."""
-        return sum(noise_floor(sequence_truth(), number) for number in self.effective.tolist()) / len(self.laws)
+        law = sequence_truth().law
+        return sum(sampled_distance(law, round(number)) for number in self.effective.tolist()) / len(self.laws)
+
+
+def sampled_distance(law: Law, samples: int) -> float:
+    """Expected total variation between a law and n samples of it, exact: half the sum of the mean deviations.
+
+    That of a binomial is E|K/n - p| = 2·m·(1 - p)·P(K = m)/n with m = ⌊n·p⌋ + 1 (de Moivre).
+    """
+    n, m = float(samples), (samples * law).floor() + 1
+    log_mass = torch.distributions.Binomial(samples, probs=law).log_prob(m.clamp(max=n))
+    deviation = torch.where(m <= n, 2 * m * (1 - law) * log_mass.exp() / n, 0.0)
+    return float(deviation.sum() / 2)
 
 
 @torch.no_grad()

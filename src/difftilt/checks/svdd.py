@@ -115,7 +115,7 @@ def sample_distance(truth: Truth, steered: Steered) -> float:
     return float(total_variation(histogram(truth.outcome(steered.x_0), len(truth.law)), truth.law))
 
 
-def noise_floor(truth: Truth, samples: float) -> float:
+def noise_floor(truth: Truth, samples: int) -> float:
     """Expected total variation between a law and so many samples of it: Σ sqrt(p·(1 - p)/(2·π·n))."""
     return float((truth.law * (1 - truth.law) / (2 * math.pi * samples)).sqrt().sum())
 

@@ -39,7 +39,7 @@ def grids(result: ArenaResult) -> list[Grid]:
     if target is not None and against is not None:
         found.append(_ratios(result, float(target), against))
     crossed = crossovers(result)
-    return [*found, _pays(crossed)] if crossed else found
+    return [*found, pays(crossed)] if crossed else found
 
 
 def basis(result: ArenaResult) -> str:
@@ -121,7 +121,7 @@ def _plain(result: ArenaResult, currency: Currency, title: str, names: list[str]
     return Grid(title, ["member", *names], rows)
 
 
-def _pays(crossed: Sequence[Crossover]) -> Grid:
+def pays(crossed: Sequence[Crossover]) -> Grid:
     """From how many samples on training is cheaper than steering to the same reward."""
     header = ["trained", "steered", "reward", "training pays from", "highest reward of training", "reached by steering"]
     rows: list[list[str]] = []
