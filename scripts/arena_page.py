@@ -62,7 +62,8 @@ Where the testbed knows the tilted law, `to_target` is the distance of the sampl
 (energy distance for mixtures, total variation for sequences), which finite sets keep above 0. Where steered members are
 read at several costs, a table and a picture say from how many samples on training to a reward is cheaper than steering
 to it: N = T/(s - p), with T the cost of the training, s that of steering one sample to the same mean reward, and p that
-of sampling one plainly.
+of sampling one plainly. Where steering was never read at a cost as low as that reward needs, s is too large and N at
+least what stands there: marked ≥, and hollow in the picture.
 Trained members and the base are sampled by the task's solver, steerers by its stochastic kernel, which a row of its own
 shows without steering. [metrics.md](metrics.md) defines the rest.
 

@@ -264,5 +264,5 @@ def check(names: Iterable[str] = (), quick: bool = False) -> list[Result]:
 
 
 def _typed(recipe: RecipeLike, overrides: Sequence[str], settings: Mapping[str, object]) -> Recipe:
-    values = recipe.resolved() if isinstance(recipe, Recipe) else recipe
+    values = recipe.open() if isinstance(recipe, Recipe) else recipe
     return load_recipe(values, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())])

@@ -16,7 +16,7 @@ from difftilt.models.denoiser import denoiser
 from difftilt.models.protocol import GenerativeModel
 from difftilt.recipes.building import build_task, require
 from difftilt.recipes.fitting import load_fitted
-from difftilt.recipes.parts import read_part
+from difftilt.recipes.parts import Part, read_part
 from difftilt.recipes.prompts import prompts_of
 from difftilt.recipes.schema import Recipe, SteeringConfig
 from difftilt.recipes.steered import SteerResult, best_scores, steered_look
@@ -109,9 +109,16 @@ def call_of_objects(
     wanted = list(task.heldout_prompts if prompts is None else prompts)
     if not wanted:
         raise UserError("prompts is empty: give at least one ('' for a model without prompts)")
-    named = {"name": type(steerer).__name__} if part is None else part.resolved()
-    kept = {"steerer": named, "steering": dump(cast(SteeringConfig, steering)) | {"prompts": wanted}}
-    return SteerCall(task, steerer, wanted, cast(SteeringConfig, steering), OmegaConf.to_yaml(OmegaConf.create(kept)))
+    steering = cast(SteeringConfig, steering)
+    kept = {"steerer": _named(steerer, part, steering), "steering": dump(steering) | {"prompts": wanted}}
+    return SteerCall(task, steerer, wanted, steering, OmegaConf.to_yaml(OmegaConf.create(kept)))
+
+
+def _named(steerer: object, part: Part | None, steering: SteeringConfig) -> dict[str, Any]:
+    """The steerer as it is written down: a number that a budget decides is no setting."""
+    if part is None:
+        return {"name": type(steerer).__name__}
+    return part.unsized() if steering.budget.bounded else part.resolved()
 
 
 def _task(
@@ -132,11 +139,11 @@ def _task(
 def run_call(call: SteerCall, progress: Progress | None = None) -> SteerResult:
     """Run it, within its budget."""
     task, steering = call.task, call.steering
-    if steering.fitted is not None:
-        load_fitted(call.steerer, Path(steering.fitted))
     if isinstance(task.model.network, nn.Module):
         task.model.network.to(steering.device)
     denoise = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=steering.forward_batch)
+    if steering.fitted is not None:
+        load_fitted(call.steerer, Path(steering.fitted), task, call.reward)
     began = time.perf_counter()
     steered = steer_within(
         call.steerer, task, denoise, call.reward, call.prompts, Noise(steering.seed), progress=progress,

@@ -13,6 +13,7 @@ from difftilt.config import Config, Problems, configs_in, dump
 from difftilt.errors import UserError
 from difftilt.leaves import load
 from difftilt.rewards.protocol import Samples
+from difftilt.steering.within import scaled_by
 
 
 class NoFields(Config):
@@ -48,6 +49,12 @@ class Part:
     def resolved(self) -> dict[str, Any]:
         """Plain values, as a recipe writes them."""
         return {"name": self.name, **dump(self.config)}
+
+    def unsized(self) -> dict[str, Any]:
+        """The same without the number that a budget decides, where nobody has chosen it: it is not the default."""
+        count = scaled_by(self.config)
+        free = count is not None and count not in self.config.model_fields_set
+        return {name: value for name, value in self.resolved().items() if not (free and name == count)}
 
 
 def read_part(kind: str, section: str, data: object, problems: Problems) -> Part | None:

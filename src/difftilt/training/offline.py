@@ -25,7 +25,7 @@ from difftilt.models.fingerprint import READ, fingerprint
 from difftilt.models.ledger import Ledger
 from difftilt.process.protocol import Condition
 from difftilt.rewards.protocol import Reward, Samples
-from difftilt.rewards.scoring import score_components
+from difftilt.rewards.scoring import same_scores, score_components
 from difftilt.sampling.protocol import Edges, Sampler
 from difftilt.statistics.folds import compact, segment_count, segment_max, segment_min, segment_rank
 from difftilt.training.drawn import Drawn, drawn_by
@@ -294,9 +294,7 @@ def scores_again(data: Experience, task: Task, reward: Reward) -> bool:
     with torch.no_grad():
         fresh = score_components(reward, first_group(data, task), Ledger())
     held = {name: column[rows] for name, column in data.components.items()}
-    return fresh.keys() == held.keys() and all(
-        torch.allclose(fresh[name].cpu(), held[name], rtol=1e-3, atol=1e-4) for name in held
-    )
+    return same_scores(fresh, held)
 
 
 def _check_scores(directory: Path, data: Experience, task: Task) -> None:
