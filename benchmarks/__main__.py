@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import attribution, memory, nodes, pareto, signal, ttsnap
+from benchmarks.noise_laws import find_overhead
 from benchmarks.paired import Report, Subject, measure
 from benchmarks.sampling import (
     branch_saving,
@@ -48,6 +49,7 @@ BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
     "update_prdp": prdp_overhead,
     "update_dragon": dragon_overhead,
     "fk_steering": fk_overhead,
+    "find": find_overhead,
     "dts": dts_overhead,
     "dts_frontier": dts_frontier,
     "peptune": peptune_overhead,

@@ -28,6 +28,7 @@ NAMES = (
     "completion",
     *UPDATES,
     "fk_steering",
+    "find",
     "dts",
     "dts_frontier",
     "peptune",
@@ -65,7 +66,7 @@ def test_every_benchmark_writes_its_result(tmp_path: Path, capsys: pytest.Captur
         assert result["shapes"]
     assert [results[name]["bound"] for name in NAMES] == [
         *(1.05, 1.15, None, 1.15),
-        *[1.10] * 8,
+        *[1.10] * 9,
         *(None, 1.10, None, None, None),
     ]
     assert results["rollout"]["seconds"].keys() >= {"rollout"}

@@ -18,6 +18,7 @@ from difftilt.models.ledger import Ledger
 from difftilt.rewards.protocol import Samples
 from difftilt.rewards.scoring import evaluate
 from difftilt.steering.protocol import Steered
+from difftilt.training.logs import told_if_full
 from difftilt.training.looks import Look, look_at
 from difftilt.training.pictures import save_look
 from difftilt.training.protocol import Task
@@ -87,8 +88,9 @@ def staged(output: Path) -> Generator[Path, None, None]:
     staging = output.with_name(f".{output.name}.{os.getpid()}")
     staging.mkdir(parents=True)
     try:
-        yield staging
-        staging.replace(output)
+        with told_if_full(output, "or name another directory"):
+            yield staging
+            staging.replace(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
