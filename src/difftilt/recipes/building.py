@@ -1,17 +1,18 @@
 """From a typed recipe to objects: the task with its reward, the method or steerer, and whether they fit together."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
 from difftilt.card import Card
-from difftilt.config import Config
+from difftilt.config import Config, Problems
 from difftilt.errors import UserError
 from difftilt.leaves import find, nearest
 from difftilt.process.gaussian import GaussianProcess
 from difftilt.process.masked import MaskedProcess
-from difftilt.recipes.parts import Part
+from difftilt.recipes.loading import read
+from difftilt.recipes.parts import Part, read_part
 from difftilt.recipes.schema import Recipe, RewardWeights
 from difftilt.rewards import Reward, WeightedSum, as_reward
 from difftilt.training.offline import load_data
@@ -32,7 +33,7 @@ NEEDS: dict[str, tuple[Callable[[Task], bool], str]] = {
     ),
     "differentiable reward": (
         lambda task: task.reward.capabilities.differentiable,
-        "its reward is black-box: use a method that needs no gradient",
+        "its reward is black-box, as every served one is: use a method that needs no gradient",
     ),
     "per-sample reward": (
         lambda task: not task.reward.capabilities.set_valued,
@@ -70,6 +71,28 @@ def build_task(recipe: Recipe) -> Task:
     if algorithm is not None and ":" not in algorithm.name:
         check_needs(find(algorithm.kind, algorithm.name).card, task, algorithm.config)
     return task
+
+
+def build_reward(name: str, settings: Sequence[str]) -> Reward:
+    """A reward by itself, without a task.
+
+    Args:
+        name: of a packaged one, or ``package.module:Name``.
+        settings: ``field=value``.
+
+    Raises:
+        UserError: if there is none, a setting is wrong, or it is made from a task.
+    """
+    values, _ = read({"name": name}, settings)
+    problems = Problems()
+    part = read_part("rewards", "reward", values, problems)
+    problems.check("the reward")
+    assert part is not None
+    if part.takes_task:
+        raise UserError(
+            f"reward {name!r} is made from a task, which a server has none of: use it in the process of the run"
+        )
+    return as_reward(part.build())
 
 
 def _weighted(testbed: object, chosen: RewardWeights) -> WeightedSum:

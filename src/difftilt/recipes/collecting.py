@@ -166,8 +166,7 @@ def _part(run: LoopRun, path: Path, batch: PromptBatch) -> dict[str, Tensor]:
         return held
     before = run.ledger.copy()
     with torch.no_grad():
-        x_0 = draw(run, "reference", run.task.sampler, batch, run.noise)
-        part = to_tensors(scored(run, batch, x_0))
+        part = to_tensors(scored(run, batch, lambda rows: draw(run, "reference", run.task.sampler, rows, run.noise)))
     part[COST] = torch.tensor(astuple(run.ledger - before))
     _write(path, save(part))
     return part
