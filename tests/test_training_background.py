@@ -144,7 +144,7 @@ def test_a_loss_with_gradient_scores_in_its_own_thread() -> None:
 
 
 def test_scoring_runs_while_the_next_part_is_drawn() -> None:
-    """Each part waits for the drawing of the next to have begun, and each drawing for the scoring of the part before."""
+    """Each part waits until the next is being drawn, and each drawing until the part before is being scored."""
     loop = loop_of("diffusion-nft", FunctionReward("norm", norm, BACKGROUND))
     drawing, scoring = [Event() for _ in range(5)], [Event() for _ in range(4)]
     seen: list[int] = []
@@ -228,10 +228,14 @@ def test_a_worker_keeps_the_order_and_makes_no_call_after_a_failure() -> None:
 
         return work
 
-    with pytest.raises(KeyError), Worker[int]() as worker:
-        for number in range(1000):
-            worker.submit(call(number))
-            time.sleep(0.002)
+    def submit_all() -> None:
+        with Worker[int]() as worker:
+            for number in range(1000):
+                worker.submit(call(number))
+                time.sleep(0.002)
+
+    with pytest.raises(KeyError):
+        submit_all()
     assert made == [0, 1, 2, 3]
 
 
@@ -286,7 +290,9 @@ def test_trajectories_of_parts_join_to_the_one_of_all() -> None:
 
 def test_an_evaluation_overlaps_too() -> None:
     numbers = [
-        make_loop(make_method("diffusion-nft", task), task, forward_batch=32, evaluation_samples=128).evaluate(0).numbers
+        make_loop(make_method("diffusion-nft", task), task, forward_batch=32, evaluation_samples=128)
+        .evaluate(0)
+        .numbers
         for task in (task_with(rewards(can)["plain"]) for can in (Capabilities(), BACKGROUND))
     ]
     assert numbers[0] == numbers[1]

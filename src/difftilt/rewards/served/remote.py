@@ -118,8 +118,8 @@ class Http:
             connection.request(method, urlsplit(self.url).path + path, body, headers)
             held = connection.sock
             _limit(held, deadline)
-            response = connection.getresponse()
-            content = _content(response, held, deadline)
+            with connection.getresponse() as response:
+                status, content = response.status, _content(response, held, deadline)
         except TimeoutError as error:
             raise UnreachableError(
                 f"no answer within {self.timeout:g} s; raise reward.timeout if it needs more"
@@ -130,9 +130,9 @@ class Http:
             raise RefusedError("request", f"what answers there does not speak HTTP ({type(error).__name__})") from error
         finally:
             connection.close()
-        if response.status == 200:
+        if status == 200:
             return content
-        raise _error(response.status, content)
+        raise _error(status, content)
 
 
 def _connection(url: SplitResult, timeout: float) -> HTTPConnection:
