@@ -305,5 +305,5 @@ def test_what_is_hidden_is_a_metric() -> None:
 
     loop = loop_of("diffusion-nft", as_reward(slow, "slow", BACKGROUND))
     loop.iterate(0)
-    assert loop.rows[0]["time/hidden_reward"] > 0.004
+    assert loop.rows[0]["hidden_reward_seconds"] > 0.004
     assert make_config().forward_batch == 16

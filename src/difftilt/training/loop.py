@@ -98,7 +98,7 @@ class Loop:
         row |= dict(zip(spent, run.world.total(torch.tensor([*spent.values()])).tolist(), strict=True))
         row["time/reward"] = run.reward_seconds
         if run.hidden_seconds:
-            row["time/hidden_reward"] = run.hidden_seconds
+            row["hidden_reward_seconds"] = run.hidden_seconds
         row["time/rollout"] = collected - began - scored
         row["time/update"] = ended - collected - (run.reward_seconds - scored)
         row["samples_per_second"] = sum(run.world.lengths(len(experience.index))) / (ended - began)
