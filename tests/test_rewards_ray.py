@@ -1,6 +1,8 @@
 """Rewards in actors of a real local Ray with one core: equal scores, faults named, the dead started again."""
 
+import gc
 import sys
+import warnings
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,15 @@ def _one_core() -> Generator[None]:
     assert str(Path(__file__).parent) in sys.path  # where the actors find the rewards too
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
-    ray.shutdown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it forgets processes that still run
+        ray.shutdown()
+        gc.collect()
 
 
 def connect(reward: str = "served_rewards:faulty", **changes: Any) -> RayReward:
-    return RayReward(Config(reward=reward, **{"cpus": 0.5, "batch": 3, "retries": 2, "backoff": 0.1, **changes}))
+    fields: dict[str, Any] = {"cpus": 0.5, "batch": 3, "retries": 2, "backoff": 0.1, **changes}
+    return RayReward(Config(reward=reward, **fields))
 
 
 def samples_of(prompt: str = "") -> Samples:

@@ -88,9 +88,8 @@ def server(children: tuple[Callable[[], Child], Callable[[], Child]]) -> Child:
 
 
 def connect(url: str, token: str | None = TOKEN, **changes: Any) -> RemoteReward:
-    return RemoteReward(
-        Config(url=url, **{"batch": 3, "retries": 1, "backoff": 0.01, "timeout": 20.0, **changes}), token
-    )
+    fields: dict[str, Any] = {"batch": 3, "retries": 1, "backoff": 0.01, "timeout": 20.0, **changes}
+    return RemoteReward(Config(url=url, **fields), token)
 
 
 def samples_of(prompt: str = "", rows: int = 8) -> Samples:
@@ -281,7 +280,7 @@ def test_all_that_a_reward_may_see_arrives() -> None:
         seen.append(samples)
         return closeness(samples)
 
-    condition = {"text": (torch.rand(8, 2, 3), None), "label": [torch.arange(8)], "name": "x"}
+    condition: dict[str, Any] = {"text": (torch.rand(8, 2, 3), None), "label": [torch.arange(8)], "name": "x"}
     sent = replace(
         samples_of("a \u2028 prompt"),
         media=torch.rand(8, 2).to(torch.bfloat16),

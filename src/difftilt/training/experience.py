@@ -11,6 +11,7 @@ from torch import Tensor
 from difftilt.process.protocol import Condition
 from difftilt.rewards.protocol import Scores
 from difftilt.sampling.protocol import Edges
+from difftilt.sampling.recording import shifted
 from difftilt.trees import Batched, gathered, join, pooled, take
 
 T = TypeVar("T")

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from itertools import count
+from types import TracebackType
 from typing import Any
 
 import ray
@@ -138,10 +139,23 @@ class Actors:
 def _connect(config: Config) -> None:
     if ray.is_initialized():
         return
-    try:
+    with _Named():
         ray.init(address=config.address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"Ray does not start ({_first_line(error)}): mend reward.address") from error
+
+
+class _Named:
+    """Turns what Ray raises when it does not start, which may be a bare ``Exception``, into a sentence."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            raise UserError(
+                f"Ray does not start ({_first_line(error)}): mend reward.address, or start a cluster with `ray start "
+                "--head` on a machine that is less busy"
+            ) from error
 
 
 def _first_line(error: BaseException) -> str:
