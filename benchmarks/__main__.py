@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import attribution, memory, nodes, pareto, signal, ttsnap
+from benchmarks import attribution, memory, nodes, overlap, pareto, signal, ttsnap
 from benchmarks.noise_laws import find_overhead
 from benchmarks.paired import Report, Subject, measure
 from benchmarks.sampling import (
@@ -61,6 +61,9 @@ BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
     "sets_leave_one_out": leave_one_out,
     "sets_swaps": swaps,
 }
+OVERLAP = "overlap"
+"""Needs a server while it runs."""
+TIMED = (*BENCHMARKS, OVERLAP)
 GROUPS = {
     "sets": ("sets_leave_one_out", "sets_swaps"),
     "updates": tuple(name for name in BENCHMARKS if name.startswith("update_")),
@@ -79,8 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in [name for name in options.names if name in STUDIES]:
         study(name, options.size, options.repeats, options.output / f"{name}.json")
     named = [one for name in options.names for one in GROUPS.get(name, (name,))]
-    for name in [name for name in named if name in BENCHMARKS] or ([] if options.names else BENCHMARKS):
-        report = measure(BENCHMARKS[name](SIZES[options.size]), options.repeats)
+    for name in [name for name in named if name in TIMED] or ([] if options.names else TIMED):
+        size = SIZES[options.size]
+        report = (
+            overlap.run(size, options.repeats) if name == OVERLAP else measure(BENCHMARKS[name](size), options.repeats)
+        )
         report.write(options.output)
         reports.append(report)
     if reports:
@@ -133,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         type=_known,
         metavar="NAME",
-        help=f"some of {', '.join(BENCHMARKS)}, all by default; or {', '.join(STUDIES)}",
+        help=f"some of {', '.join(TIMED)}, all by default; or {', '.join(STUDIES)}",
     )
     parser.add_argument(
         "--repeats", type=_positive, default=15, help="pairs of floor and program, or gradients (default 15)"
@@ -145,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _known(text: str) -> str:
-    known = (*BENCHMARKS, *GROUPS, *STUDIES)
+    known = (*TIMED, *GROUPS, *STUDIES)
     if text not in known:
         raise argparse.ArgumentTypeError(f"there is no benchmark {text!r}; there are {', '.join(known)}")
     return text

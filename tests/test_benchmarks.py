@@ -38,6 +38,7 @@ NAMES = (
     "noise",
     "sets_leave_one_out",
     "sets_swaps",
+    "overlap",
 )
 
 

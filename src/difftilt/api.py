@@ -13,7 +13,7 @@ from difftilt.evaluation.arena.records import ArenaResult
 from difftilt.evaluation.arena.run import compare_arena
 from difftilt.evaluation.report.page import write_report
 from difftilt.models.protocol import GenerativeModel
-from difftilt.recipes.building import build_task, laws_of, require
+from difftilt.recipes.building import build_reward, build_task, laws_of, require
 from difftilt.recipes.calls import Scored, call_of_objects, call_of_recipe, run_call
 from difftilt.recipes.collecting import collect_groups
 from difftilt.recipes.directory import CONFIG, check_free, check_output, run_directory
@@ -21,6 +21,9 @@ from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe, run_of
 from difftilt.recipes.fitting import FitResult, fit_recipe
 from difftilt.recipes.schema import Recipe, load_recipe
 from difftilt.recipes.steered import SteerResult
+from difftilt.rewards.protocol import Reward
+from difftilt.rewards.served.server import RewardServer
+from difftilt.rewards.served.service import MAX_BYTES, Service
 from difftilt.sampling.protocol import Sampler
 from difftilt.steering.budget import Budget
 from difftilt.steering.protocol import Anytime, Progress, Steerer
@@ -252,6 +255,33 @@ def compare(
     chosen = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
     with told_if_full(Path(output), "then go on with --resume"):
         return compare_arena(recipe, Path(output), chosen, resume=resume, tell=progress or _silent)
+
+
+def reward_server(
+    reward: str | Reward,
+    settings: Sequence[str] = (),
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token: str | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> RewardServer:
+    """A server for a reward, which answers inside ``with`` (``server.url`` is what a recipe names).
+
+    Args:
+        reward: ``package.module:Name``, a packaged reward, or one that somebody holds.
+        settings: ``field=value`` of a reward that is named.
+        host: address to listen at; any but this machine's own needs a token.
+        port: 0 takes a free one.
+        token: that clients must know.
+        max_bytes: largest request.
+
+    Raises:
+        UserError: for a reward that cannot be made or served, or an address that cannot be listened at.
+    """
+    if isinstance(reward, str):
+        reward = build_reward(reward, settings)
+    return RewardServer(Service(reward, max_bytes), host, port, token)
 
 
 def _silent(text: str) -> None:

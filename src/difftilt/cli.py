@@ -41,6 +41,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value]...", help="Dotted keys of the recipe, e.g. method.clip_range=0.1."),
 ]
+LOOPBACK = "127.0.0.1"
 EVALUATED = "A recipe (its untrained model), a run (its newest checkpoint), or RUN/checkpoints/step_N."
 Seed = Annotated[int | None, typer.Option(help="Fixes every draw of the run.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -205,6 +206,36 @@ def compare(
         _print(f"tables, picture and records: {output}")
 
 
+@app.command("serve-reward")
+def serve_reward(
+    reward: Annotated[
+        str,
+        typer.Argument(metavar="MODULE:FACTORY", help="A function of samples, what makes a reward, or a packaged one."),
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Fields of the reward, as in a recipe.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; any but this machine's own needs a token.")
+    ] = LOOPBACK,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DIFFTILT_REWARD_TOKEN", help="Clients must know it; better set the variable: ps shows options."
+        ),
+    ] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Largest request.")] = 256 * 2**20,
+    debug: Debug = False,
+) -> None:
+    """Serve a reward to runs in other processes (reward: {name: remote, url: ...}) until Ctrl-C."""
+    from difftilt import api
+    from difftilt.rewards.served.server import serve_until_stopped
+
+    server = api.reward_server(reward, settings or [], host=host, port=port, token=token or None, max_bytes=max_bytes)
+    serve_until_stopped(server, _out)
+
+
 @app.command("list")
 def list_(
     kind: Annotated[str, typer.Argument(help="methods, steerers, rewards, models, testbeds or recipes.")],
@@ -278,6 +309,12 @@ def _line(text: str) -> None:
     """A line on stderr; on a terminal the next one overwrites it."""
     sys.stderr.write(f"\x1b[2K{text}\r" if sys.stderr.isatty() else f"{text}\n")
     sys.stderr.flush()
+
+
+def _out(text: str) -> None:
+    """A line on stdout, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def _said(text: str) -> None:

@@ -114,7 +114,7 @@ def stored_groups() -> Experience:
     run = LoopRun(task, roles, World(), Noise(1), 1024, torch.device("cpu"))
     batch = run.prompts(500, 6)
     with torch.no_grad():
-        return gathered(run, scored(run, batch, draw(run, "reference", task.sampler, batch, run.noise)))
+        return gathered(run, scored(run, batch, lambda rows: draw(run, "reference", task.sampler, rows, run.noise)))
 
 
 def best_and_worst(data: Experience) -> Experience:

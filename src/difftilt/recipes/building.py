@@ -1,13 +1,15 @@
 """From a typed recipe to objects: the task with its reward, the method or steerer, and whether they fit together."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
+from difftilt.config import Problems
 from difftilt.errors import UserError
 from difftilt.leaves import card_of, find, load, nearest
-from difftilt.recipes.parts import Part
+from difftilt.recipes.loading import read
+from difftilt.recipes.parts import Part, read_part
 from difftilt.recipes.schema import Recipe, RewardWeights
 from difftilt.rewards import Reward, WeightedSum, as_reward
 from difftilt.training.needs import check_needs
@@ -42,6 +44,28 @@ def _reads_data(recipe: Recipe) -> None:
     card = card_of(load(recipe.method.kind, recipe.method.name))
     if card is not None and "offline data" not in card.needs:
         raise UserError(f"data: {card.name} draws its own samples and reads no data set: leave data out, or use gdro")
+
+
+def build_reward(name: str, settings: Sequence[str]) -> Reward:
+    """A reward by itself, without a task.
+
+    Args:
+        name: of a packaged one, or ``package.module:Name``.
+        settings: ``field=value``.
+
+    Raises:
+        UserError: if there is none, a setting is wrong, or it is made from a task.
+    """
+    values, _ = read({"name": name}, settings)
+    problems = Problems()
+    part = read_part("rewards", "reward", values, problems)
+    problems.check("the reward")
+    assert part is not None
+    if part.takes_task:
+        raise UserError(
+            f"reward {name!r} is made from a task, which a server has none of: use it in the process of the run"
+        )
+    return as_reward(part.build())
 
 
 def _weighted(testbed: object, chosen: RewardWeights) -> WeightedSum:

@@ -29,7 +29,6 @@ from difftilt.recipes.schema import Recipe, SteeringConfig
 from difftilt.rewards import WeightedSum
 from difftilt.sampling.noise import Noise
 from difftilt.training.config import TrainingConfig
-from difftilt.training.drawn import drawn_by
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.logs import write_text
 from difftilt.training.offline import (
@@ -46,6 +45,7 @@ from difftilt.training.offline import (
 )
 from difftilt.training.plain import draw
 from difftilt.training.protocol import Task
+from difftilt.training.provenance import drawn_by
 from difftilt.training.run import LoopRun
 from difftilt.training.world import World, join_world
 from difftilt.trees import take
@@ -168,8 +168,7 @@ def _part(run: LoopRun, path: Path, batch: PromptBatch) -> dict[str, Tensor]:
         return held
     before = run.ledger.copy()
     with torch.no_grad():
-        x_0 = draw(run, "reference", run.task.sampler, batch, run.noise)
-        part = to_tensors(scored(run, batch, x_0))
+        part = to_tensors(scored(run, batch, lambda rows: draw(run, "reference", run.task.sampler, rows, run.noise)))
     part[COST] = torch.tensor(astuple(run.ledger - before))
     _write(path, save(part))
     return part

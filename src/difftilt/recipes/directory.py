@@ -14,8 +14,11 @@ from difftilt.training.logs import told_if_full, write_text
 CONFIG = "config.yaml"
 """The resolved recipe of the run."""
 
-MAY_CHANGE = frozenset({"training.iterations", "training.keep_checkpoints"})
-"""What a resumed run may set anew without becoming another run: it goes on for longer, or keeps more."""
+MAY_CHANGE = frozenset(
+    {"training.iterations", "training.keep_checkpoints", "reward.url", "reward.timeout", "reward.retries"}
+)
+"""What a resumed run may set anew without becoming another run: it goes on for longer, keeps more, or asks a reward
+server that has moved."""
 
 
 def check_output(output: Path, recipe: Recipe, *, resume: bool) -> None:

@@ -12,7 +12,7 @@ from pydantic.errors import PydanticSchemaGenerationError
 from difftilt.config import Config, Problems, configs_in, dump
 from difftilt.errors import UserError
 from difftilt.leaves import load
-from difftilt.rewards.protocol import Samples
+from difftilt.rewards.base import scores_samples
 from difftilt.steering.within import scaled_by
 
 
@@ -34,14 +34,19 @@ class Part:
     name: str
     config: Config
 
+    @property
+    def takes_task(self) -> bool:
+        """Whether the leaf is made from a task."""
+        return "task" in inspect.signature(load(self.kind, self.name)).parameters
+
     def build(self, task: Any = None) -> Any:
         """What the leaf makes of its configuration, and of the task where its entry has a parameter for it."""
         entry = load(self.kind, self.name)
         if self.config.__class__ is entry:
             return self.config
-        if _scores_samples(entry):
+        if scores_samples(entry):
             return entry
-        extra = {"task": task} if "task" in inspect.signature(entry).parameters else {}
+        extra = {"task": task} if self.takes_task else {}
         if _own_config(entry) is not None:
             return entry(self.config, **extra)
         return entry(**{name: getattr(self.config, name) for name in type(self.config).model_fields}, **extra)
@@ -82,17 +87,9 @@ def config_of(entry: Callable[..., Any]) -> type[Config]:
     """
     if isinstance(entry, type) and issubclass(entry, Config):
         return entry
-    if _scores_samples(entry):
+    if scores_samples(entry):
         return NoFields
     return _own_config(entry) or _from_signature(entry)
-
-
-def _scores_samples(entry: Callable[..., Any]) -> bool:
-    """True for a plain reward function, as against a class or function that makes a reward."""
-    if isinstance(entry, type):
-        return False
-    parameters = list(inspect.signature(entry).parameters)
-    return parameters[:1] == ["samples"] or (bool(parameters) and _hints(entry).get(parameters[0]) is Samples)
 
 
 def _own_config(entry: Callable[..., Any]) -> type[Config] | None:

@@ -1,8 +1,9 @@
 """Plain functions as rewards."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import numpy as np
 import torch
@@ -43,6 +44,14 @@ def as_scores(values: Any) -> Tensor:
     if values.is_complex():
         raise TypeError("scores must be real numbers, not complex ones")
     return values.float()
+
+
+def scores_samples(entry: Callable[..., Any]) -> bool:
+    """True for a plain reward function, as against a class or function that makes a reward."""
+    if isinstance(entry, type):
+        return False
+    first = next(iter(inspect.signature(entry).parameters), None)
+    return first == "samples" or (first is not None and get_type_hints(entry).get(first) is Samples)
 
 
 def as_reward(

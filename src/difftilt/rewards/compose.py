@@ -88,6 +88,7 @@ class WeightedSum:
             pooled=all(part.pooled for part in parts),
             trained=self.normalise == "running",
             missing=any(part.missing for part in parts),
+            background=any(part.background for part in parts),
             cost=sum(part.cost for part in parts),
         )
 

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from difftilt.process.protocol import Condition
 from difftilt.statistics.states import SetState
-from difftilt.trees import take
+from difftilt.trees import join, take
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,20 @@ class Samples:
             {key: [values[i] for i in rows] for key, values in self.metadata.items()},
         )
 
+    @staticmethod
+    def join(parts: "Sequence[Samples]") -> "Samples":
+        """All rows of several, in their order; each part must have the same metadata."""
+        if len(parts) == 1:
+            return parts[0]
+        return Samples(
+            torch.cat([part.media for part in parts]),
+            [prompt for part in parts for prompt in part.prompts],
+            [prompt for part in parts for prompt in part.used_prompts],
+            torch.cat([part.group for part in parts]),
+            join([part.condition for part in parts]),
+            {key: [value for part in parts for value in part.metadata[key]] for key in parts[0].metadata},
+        )
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -72,6 +87,8 @@ class Capabilities:
         features: offers ``features(samples)`` for diversity and set statistics.
         trained: has ``update`` and ``snapshot``.
         missing: NaN says that a sample has no score; only steerers, which never choose such a sample, take that.
+        background: its time passes elsewhere (a server, another process, a device of its own), so one thread may score
+            samples while another draws the next ones.
         cost: rough cost of one call in network evaluations; only ranks rewards.
         tolerance: fall of its mean at which a monitor speaks, where it is only watched; None is one standard deviation
             over samples.
@@ -84,6 +101,7 @@ class Capabilities:
     features: bool = False
     trained: bool = False
     missing: bool = False
+    background: bool = False
     cost: float = 0.0
     tolerance: float | None = None
 

@@ -38,7 +38,7 @@ def evaluate(reward: Reward, samples: Samples, ledger: Ledger, gather: Gather = 
             for one whose capabilities say ``missing``.
     """
     components = score_components(reward, samples, ledger, gather)
-    return Scores(_total(reward, components, samples), components)
+    return Scores(add_up(reward, components, samples), components)
 
 
 def same_scores(found: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> bool:
@@ -60,13 +60,14 @@ def score_components(reward: Reward, samples: Samples, ledger: Ledger, gather: G
         if isinstance(part, WeightedSum):
             inner = score_components(part, samples, ledger, gather)
             found |= {f"{key}/{name}": scores for name, scores in inner.items()}
-            found[key] = _total(part, inner, samples)
+            found[key] = add_up(part, inner, samples)
         else:
             found[key] = _checked(part, key, samples, ledger, gather)
     return found
 
 
-def _total(reward: Reward, components: dict[str, Tensor], samples: Samples) -> Tensor:
+def add_up(reward: Reward, components: dict[str, Tensor], samples: Samples) -> Float[Tensor, " batch"]:
+    """The total that belongs to the components of a reward; of a sum over all samples whose components are given."""
     if not isinstance(reward, WeightedSum):
         return components[reward.name]
     if reward.capabilities.set_valued:
@@ -75,6 +76,22 @@ def _total(reward: Reward, components: dict[str, Tensor], samples: Samples) -> T
         combined = reward.combine({key: components[key][first] for key in reward.rewards}, samples.group[first])
         return to_members(combined, samples.group)
     return reward.combine(components, samples.group)
+
+
+def splits(reward: Reward) -> bool:
+    """Whether samples may be scored part by part, whole groups together: each component then has the same scores.
+
+    A pooled reward has one score for all of them; a sum inside a sum that standardises by the batch has added up
+    before the parts are joined.
+    """
+    if reward.capabilities.pooled:
+        return False
+    if not isinstance(reward, WeightedSum):
+        return True
+    inner = [part for part in reward.rewards.values() if isinstance(part, WeightedSum)]
+    return all(splits(part) for part in reward.rewards.values()) and all(
+        part.normalise in (None, "group") for part in inner
+    )
 
 
 def _first_members(group: Tensor) -> Tensor:
@@ -118,17 +135,26 @@ def _checked(reward: Reward, name: str, samples: Samples, ledger: Ledger, gather
     """Call the reward and hold it to its contract."""
     if reward.capabilities.pooled:
         return _pooled(reward, samples, ledger, gather)
+    ledger.reward_calls += len(samples.group)
+    scores = call(reward, name, samples)
+    sets = reward.capabilities.set_valued
+    known = torch.where(scores.isnan(), 0.0, scores) if reward.capabilities.missing else scores
+    _check_finite(name, known, samples, torch.unique(samples.group).tolist() if sets else None)
+    return to_members(scores, samples.group) if sets else scores
+
+
+def call(reward: Reward, name: str, samples: Samples) -> Float[Tensor, " scores"]:
+    """What the reward says, float32: (batch,), or (groups,) in order of group index; it may not be finite.
+
+    Raises:
+        RewardError: if it raises, or returns anything but one number for each sample (or set).
+    """
     rows = len(samples.group)
-    ledger.reward_calls += rows
     with _Blame(name, rows):
         scores = reward.score(samples)
-    labels = torch.unique(samples.group)
     sets = reward.capabilities.set_valued
-    _check_shape(name, scores, rows, len(labels) if sets else rows, "set" if sets else "sample")
-    scores = scores.float()
-    known = torch.where(scores.isnan(), 0.0, scores) if reward.capabilities.missing else scores
-    _check_finite(name, known, samples, labels.tolist() if sets else None)
-    return to_members(scores, samples.group) if sets else scores
+    _check_shape(name, scores, rows, len(torch.unique(samples.group)) if sets else rows, "set" if sets else "sample")
+    return scores.float()
 
 
 def blamed(name: str, rows: int) -> AbstractContextManager[None]:

@@ -4,15 +4,17 @@ A state that ends one recorded step and starts the next is one entry, and so is 
 203 evaluated nodes and 16 leaves is 203 + 16 latents, whatever the number of its edges.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from difftilt.sampling.protocol import Edges
+from difftilt.models.ledger import Ledger
+from difftilt.sampling.protocol import Edges, Trajectory
 from difftilt.statistics.folds import distinct
-from difftilt.trees import Pooled, join
+from difftilt.trees import Pooled, join, take
 
 
 @dataclass
@@ -70,3 +72,53 @@ class Recorder:
             owner.scatter_reduce_(0, at[live], samples[live], "amin")
             at = torch.where(live, edges.parent[at.clamp(min=0)], at)
         return replace(edges, sample=owner, start=start, end=end)
+
+
+def shifted(edges: Edges, samples: int, before: int) -> Edges:
+    """Edges behind ``before`` others, of samples behind ``samples`` others."""
+    parent = edges.parent
+    moved = None if parent is None else torch.where(parent >= 0, parent + before, -1)
+    return replace(edges, sample=edges.sample + samples, parent=moved)
+
+
+def join_trajectories(parts: Sequence[Trajectory]) -> Trajectory:
+    """One trajectory of several, rolled out on one grid with whole trees in each: what one rollout of all would be."""
+    if len(parts) == 1:
+        return parts[0]
+    samples, roots, before = 0, 0, 0
+    edges: list[Edges] = []
+    root: list[Tensor] = []
+    last: list[Tensor] = []
+    for part in parts:
+        edges.append(shifted(part.edges, samples, before))
+        root.append(part.root + roots)
+        last.append(torch.where(part.last_edge >= 0, part.last_edge + before, -1))
+        samples += len(part.x_0)
+        roots += int(part.root.max()) + 1
+        before += len(part.edges.step)
+    joined, order = _by_step(join(edges))
+    return Trajectory(
+        x_0=torch.cat([part.x_0 for part in parts]),
+        root=torch.cat(root),
+        condition=join([part.condition for part in parts]),
+        edges=joined,
+        last_edge=_follow(order, torch.cat(last)),
+        ledger=sum((part.ledger for part in parts), Ledger()),
+    )
+
+
+def _by_step(edges: Edges) -> tuple[Edges, Int[Tensor, " edges"]]:
+    """Edges in order of step, those of one step as they were; and the new place of each."""
+    order = edges.step.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    sorted_edges = take(edges, order)
+    parent = None if sorted_edges.parent is None else _follow(place, sorted_edges.parent)
+    return replace(sorted_edges, parent=parent), place
+
+
+def _follow(place: Int[Tensor, " edges"], pointer: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """New places of old pointers; -1 stays -1."""
+    if len(place) == 0:
+        return pointer
+    return torch.where(pointer >= 0, place[pointer.clamp(min=0)], -1)

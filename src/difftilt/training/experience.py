@@ -11,6 +11,7 @@ from torch import Tensor
 from difftilt.process.protocol import Condition
 from difftilt.rewards.protocol import Scores
 from difftilt.sampling.protocol import Edges
+from difftilt.sampling.recording import shifted
 from difftilt.trees import Batched, gathered, join, pooled, take
 
 T = TypeVar("T")
@@ -180,12 +181,10 @@ def _partner_rows(edges: Edges, partner: Int[Tensor, " rows"]) -> Int[Tensor, " 
 def join_experience(parts: Sequence[Experience]) -> Experience:
     """One record of several, with pointers shifted; all parts must fill the same fields."""
     samples, edges = 0, 0
-    shifted: list[Experience] = []
+    behind: list[Experience] = []
     for part in parts:
-        moved = replace(part.edges, sample=part.edges.sample + samples)
-        if moved.parent is not None:
-            moved = replace(moved, parent=torch.where(moved.parent >= 0, moved.parent + edges, -1))
+        moved = shifted(part.edges, samples, edges)
         pair = None if part.pair is None else torch.where(part.pair >= 0, part.pair + samples, -1)
-        shifted.append(replace(part, edges=moved, pair=pair))
+        behind.append(replace(part, edges=moved, pair=pair))
         samples, edges = samples + len(part.index), edges + len(part.edges.step)
-    return replace(shifted[0], **{name: join([vars(part)[name] for part in shifted]) for name in vars(shifted[0])})
+    return replace(behind[0], **{name: join([vars(part)[name] for part in behind]) for name in vars(behind[0])})

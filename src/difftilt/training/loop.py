@@ -98,6 +98,8 @@ class Loop:
         spent = asdict(run.ledger - before)
         row |= dict(zip(spent, run.world.total(torch.tensor([*spent.values()])).tolist(), strict=True))
         row["time/reward"] = run.reward_seconds
+        if run.hidden_seconds:
+            row["hidden_reward_seconds"] = run.hidden_seconds
         row["time/rollout"] = collected - began - scored
         row["time/update"] = ended - collected - (run.reward_seconds - scored)
         row["samples_per_second"] = sum(run.world.lengths(len(experience.index))) / (ended - began)

@@ -12,11 +12,12 @@ from difftilt.models.ledger import Ledger
 from difftilt.process.grid import uniform_grid
 from difftilt.process.protocol import Condition
 from difftilt.rewards.compose import WeightedSum
-from difftilt.rewards.protocol import Reward, Samples, SetReward
+from difftilt.rewards.protocol import Reward, Samples, Scores, SetReward
 from difftilt.sampling.drift import path_kl
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
 from difftilt.statistics.diversity import mean_group_diversity
+from difftilt.training.drawing import in_turn
 from difftilt.training.experience import PromptBatch
 from difftilt.training.plain import draw
 from difftilt.training.protocol import Task
@@ -64,18 +65,31 @@ def measure(run: LoopRun, role: str, sampler: Sampler, count: int, seed: int) ->
     noise = Noise(seed).named("evaluation")
     with torch.no_grad():
         batch = heldout_batch(run, count)
-        x_0 = draw(run, role, sampler, batch, noise)
-        samples = run.samples(x_0, batch, heldout=True)
-        numbers = numbers_of(run, samples)
+        made, samples, scores = in_turn(
+            run,
+            batch,
+            lambda part: draw(run, role, sampler, part, noise),
+            lambda x_0, part: run.samples(x_0, part, heldout=True),
+        )
+        x_0 = torch.cat(made)
+        numbers = numbers_of(run, samples, scores)
         few = batch.index % max(1, groups * size // DRIFT_SAMPLES) == 0
         drift = drift_of(run, role, x_0[few], take(batch, few.nonzero()[:, 0]), noise)
         numbers["kl_reference"] = float(run.world.gather(drift).mean())
     return Measured(numbers, samples)
 
 
-def numbers_of(run: LoopRun, samples: Samples) -> dict[str, float]:
-    """All that is known of samples of held-out prompts without their model: every number but ``kl_reference``."""
-    return _rewards(run, samples) | {"diversity": diversity_of(run, samples.media, samples.group)}
+def numbers_of(run: LoopRun, samples: Samples, scores: Scores | None = None) -> dict[str, float]:
+    """All that is known of samples of held-out prompts without their model: every number but ``kl_reference``.
+
+    Args:
+        run: gives rewards and processes.
+        samples: of this process.
+        scores: of the task's own reward, where it is known already.
+    """
+    return _rewards(run, samples, run.score(samples) if scores is None else scores) | {
+        "diversity": diversity_of(run, samples.media, samples.group)
+    }
 
 
 def _heldout_groups(run: LoopRun, count: int) -> tuple[int, int]:
@@ -125,8 +139,7 @@ def _spread(task: Task, groups: int) -> Int[Tensor, " groups"]:
     return torch.arange(groups)
 
 
-def _rewards(run: LoopRun, samples: Samples) -> dict[str, float]:
-    scores = run.score(samples)
+def _rewards(run: LoopRun, samples: Samples, scores: Scores) -> dict[str, float]:
     numbers = {f"reward/{name}": float(run.gather(value)[0].mean()) for name, value in scores.components.items()}
     rewards = {"reward": run.task.reward} | dict(run.task.heldout)
     columns = {"reward": scores.total}

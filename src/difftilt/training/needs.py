@@ -28,7 +28,7 @@ NEEDS: dict[str, tuple[Callable[[Task], bool], str]] = {
     ),
     "differentiable reward": (
         lambda task: task.reward.capabilities.differentiable,
-        "its reward is black-box: use a method that needs no gradient",
+        "its reward is black-box, as every served one is: use a method that needs no gradient",
     ),
     "per-sample reward": (
         lambda task: not task.reward.capabilities.of_sets,

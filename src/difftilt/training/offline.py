@@ -8,7 +8,7 @@ stored but encoded again from the texts of the prompts. ``difftilt collect`` wri
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from difftilt.rewards.protocol import Reward, Samples
 from difftilt.rewards.scoring import same_scores, score_components
 from difftilt.sampling.protocol import Edges, Sampler
 from difftilt.statistics.folds import compact, segment_count, segment_max, segment_min, segment_rank
-from difftilt.training.drawn import Drawn, drawn_by
+from difftilt.training.drawing import drawn
 from difftilt.training.experience import Experience, PromptBatch, scored_experience
 from difftilt.training.protocol import Run, Task
+from difftilt.training.provenance import Drawn, drawn_by
 from difftilt.trees import take
 
 DATA, MANIFEST = "data.safetensors", "manifest.json"
@@ -92,9 +93,10 @@ class Groups:
     dropped: int
 
 
-def scored(run: Run, batch: PromptBatch, x_0: Shaped[Tensor, "samples *shape"]) -> Experience:
-    """Finished samples with their scores, not yet trained on."""
-    return scored_experience(batch, x_0, _no_edges(), run.score(run.samples(x_0, batch)))
+def scored(run: Run, batch: PromptBatch, draw: Callable[[PromptBatch], Shaped[Tensor, "samples *shape"]]) -> Experience:
+    """Samples drawn and scored, not yet trained on."""
+    x_0, _, scores = drawn(run, batch, draw)
+    return scored_experience(batch, x_0, _no_edges(), scores)
 
 
 def gathered(run: Run, data: Experience) -> Experience:

@@ -1,6 +1,6 @@
 """What a task, an experience, a phase and a method are: the seams between a method's file and the one loop."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -177,6 +177,17 @@ class Run(Protocol):
 
     def score_with(self, reward: Reward, samples: Samples) -> Scores:
         """The same with another reward than the task's own, counted all the same."""
+        ...
+
+    def parts(self, batch: PromptBatch) -> Sequence[PromptBatch]:
+        """The parts that a batch is drawn in: whole groups, where the reward works in the background; else one."""
+        ...
+
+    def score_parts(self, drawn: Iterable[Samples]) -> tuple[Samples, Scores]:
+        """All samples and their scores, equal to those of :meth:`score`; each part is scored while the next is drawn.
+
+        The iterable does the drawing. See ``training.drawing``.
+        """
         ...
 
     def features(self, reward: SetReward, samples: Samples) -> Float[Tensor, "samples dim"]:

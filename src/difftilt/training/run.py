@@ -1,7 +1,7 @@
 """What the loop lends to a method during one iteration: prompts, denoisers by role, rewards and everybody's columns."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,8 +16,9 @@ from difftilt.models.protocol import Denoiser, Roles
 from difftilt.process.protocol import Condition
 from difftilt.rewards.compose import WeightedSum
 from difftilt.rewards.protocol import Reward, Samples, Scores, SetReward
-from difftilt.rewards.scoring import encode, evaluate
+from difftilt.rewards.scoring import add_up, encode, evaluate, splits
 from difftilt.sampling.noise import Noise
+from difftilt.training.background import in_parts, score_in_background
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.protocol import Task
 from difftilt.training.world import World
@@ -36,7 +37,8 @@ class LoopRun:
         forward_batch: rows of every network call.
         device: of the network.
         iteration: counts from 0.
-        reward_seconds: spent in rewards during this iteration.
+        reward_seconds: spent in rewards during this iteration, while nothing else was done.
+        hidden_seconds: spent in rewards while samples were drawn.
     """
 
     task: Task
@@ -47,6 +49,7 @@ class LoopRun:
     device: torch.device
     iteration: int = 0
     reward_seconds: float = 0.0
+    hidden_seconds: float = 0.0
     ledger: Ledger = field(default_factory=Ledger)
     _encoded: dict[str, Condition] = field(default_factory=dict[str, Condition])
 
@@ -54,7 +57,7 @@ class LoopRun:
         """Turn to another iteration."""
         self.iteration = iteration
         self.noise = self.noise.at(iteration)
-        self.reward_seconds = 0.0
+        self.reward_seconds = self.hidden_seconds = 0.0
 
     def denoiser(self, role: str, guidance: float | None = None) -> Denoiser:
         model = self.task.model
@@ -123,15 +126,46 @@ class LoopRun:
         A sum that standardises its parts over the batch does so over the batch of all processes, except inside a loss
         (where gradients are on), which sees a microbatch anyway.
         """
+        self._check_scorable(reward, samples)
+        start = time.perf_counter()
+        scores = self._jointly_scored(reward, evaluate(reward, samples, self.ledger, self.world.gather), samples)
+        self.reward_seconds += time.perf_counter() - start
+        return scores
+
+    def _jointly_scored(self, reward: Reward, scores: Scores, samples: Samples) -> Scores:
+        """The scores, with statistics of the batch over all processes."""
+        if isinstance(reward, WeightedSum) and reward.normalise in ("batch", "running") and not torch.is_grad_enabled():
+            return replace(scores, total=self._combined(reward, scores, samples))
+        return scores
+
+    def parts(self, batch: PromptBatch) -> Sequence[PromptBatch]:
+        return in_parts(batch, self.forward_batch) if self._overlaps() else [batch]
+
+    def score_parts(self, drawn: Iterable[Samples]) -> tuple[Samples, Scores]:
+        if not self._overlaps():
+            samples = Samples.join([*drawn])
+            return samples, self.score(samples)
+        reward = self.task.reward
+        done = score_in_background(reward, map(self._scorable, drawn))
+        self.ledger.reward_calls += done.ledger.reward_calls
+        self.reward_seconds += done.waited
+        self.hidden_seconds += done.hidden
+        scores = Scores(add_up(reward, done.components, done.samples), done.components)
+        return done.samples, self._jointly_scored(reward, scores, done.samples)
+
+    def _overlaps(self) -> bool:
+        """Whether samples are scored in parts while others are drawn."""
+        reward = self.task.reward
+        return reward.capabilities.background and splits(reward) and not torch.is_grad_enabled()
+
+    def _scorable(self, samples: Samples) -> Samples:
+        self._check_scorable(self.task.reward, samples)
+        return samples
+
+    def _check_scorable(self, reward: Reward, samples: Samples) -> None:
         self._check_finite(samples)
         if reward.capabilities.missing:
             raise UserError(f"training needs a score for every sample; {reward.name!r} may have none: unmask it")
-        start = time.perf_counter()
-        scores = evaluate(reward, samples, self.ledger, self.world.gather)
-        if isinstance(reward, WeightedSum) and reward.normalise in ("batch", "running") and not torch.is_grad_enabled():
-            scores = replace(scores, total=self._combined(reward, scores, samples))
-        self.reward_seconds += time.perf_counter() - start
-        return scores
 
     def features(self, reward: SetReward, samples: Samples) -> Float[Tensor, "samples dim"]:
         self._check_finite(samples)

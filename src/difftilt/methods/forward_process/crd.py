@@ -29,6 +29,7 @@ from difftilt.objectives.denoising import implicit_reward
 from difftilt.objectives.kl import velocity_gap
 from difftilt.process.gaussian import GaussianPrediction
 from difftilt.sampling.protocol import NoiseSource
+from difftilt.training.drawing import drawn
 from difftilt.training.experience import Experience, scored_experience
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
 from difftilt.training.renoising import (
@@ -130,9 +131,9 @@ class CRD(ForwardProcess[Config]):
         """Draw groups from ``sampling``; all samples are trained at the same times."""
         config = self.config
         batch = run.prompts(config.groups, config.group_size)
-        x_0 = self.finished(run, batch)
+        x_0, _, scores = drawn(run, batch, partial(self.finished, run))
         edges = stratified_levels(run.noise, self.grid, config.timestep_fraction, config.draws, batch.index)
-        experience = scored_experience(batch, x_0, edges, run.score(run.samples(x_0, batch)))
+        experience = scored_experience(batch, x_0, edges, scores)
         credit = partial(group_advantage, std=config.advantage_std, eps=1e-6)
         assert experience.rewards is not None
         advantage: Tensor = run.jointly(credit, experience.rewards, experience.group)

@@ -28,6 +28,7 @@ from difftilt.objectives.nft import nft_loss
 from difftilt.process.gaussian import GaussianPrediction
 from difftilt.rewards.protocol import Samples
 from difftilt.sampling.protocol import NoiseSource
+from difftilt.training.drawing import drawn
 from difftilt.training.experience import Experience, scored_experience
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
 from difftilt.training.renoising import (
@@ -109,11 +110,10 @@ class DiffusionNFT(ForwardProcess[Config]):
         """Draw groups from ``behaviour`` without guidance; one edge for each time a sample is trained at."""
         config = self.config
         batch = run.prompts(config.groups, config.group_size)
-        x_0 = self.finished(run, batch)
-        samples = run.samples(x_0, batch)
+        x_0, samples, scores = drawn(run, batch, partial(self.finished, run))
         # every sample has its own times: a random subset of the solver's
         edges = random_levels(run.noise, self.grid, config.timestep_fraction, batch.index)
-        return self.credited(run, scored_experience(batch, x_0, edges, run.score(samples)), samples)
+        return self.credited(run, scored_experience(batch, x_0, edges, scores), samples)
 
     def credited(self, run: Run, experience: Experience, samples: Samples) -> Experience:
         """The record with the label of each sample, from its reward against those of its group."""

@@ -119,7 +119,7 @@ class GDRO(ForwardProcess[Config]):
         config = self.config
         assert config.collect is not None
         batch = run.prompts(config.collect, config.group_size)
-        data = gathered(run, scored(run, batch, self.finished(run, batch)))
+        data = gathered(run, scored(run, batch, partial(self.finished, run)))
         return learnable(data, run.task, config.group_size)
 
     def _times(self, run: Run, group: Int[Tensor, " samples"]) -> Edges:

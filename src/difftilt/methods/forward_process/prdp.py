@@ -33,6 +33,7 @@ from difftilt.sampling.windows import window_mask
 from difftilt.statistics.folds import distinct, segment_mean, segment_sum
 from difftilt.training.base import MethodBase, warm_decay
 from difftilt.training.config import GroupSampling
+from difftilt.training.drawing import rolled
 from difftilt.training.experience import Experience, PromptBatch, scored_experience
 from difftilt.training.grids import grid_of
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
@@ -120,9 +121,8 @@ class PRDP(MethodBase):
     def collect(self, run: Run) -> Experience:
         """Chains with their rewards, and the log-probability of every step under the sampling and reference weights."""
         batch = run.prompts(self.config.groups, self.config.group_size)
-        trajectory = self._roll(run, batch)
-        samples = run.samples(trajectory.x_0, batch)
-        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, run.score(samples))
+        trajectory, _, scores = rolled(run, batch, partial(self._roll, run))
+        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, scores)
         edges = experience.edges
         reference = edges.log_prob
         if not run.roles.same("current", "reference"):

@@ -26,6 +26,7 @@ from difftilt.process.gaussian import GaussianProcess
 from difftilt.sampling.protocol import NoiseSource, Trajectory
 from difftilt.sampling.rollout import Plan, replay, rollout, start_state
 from difftilt.sampling.windows import interval_length, window_mask
+from difftilt.training.drawing import rolled
 from difftilt.training.experience import Experience, PromptBatch, scored_experience
 from difftilt.training.policy_gradient import PolicyGradient, PolicyGradientConfig, with_advantage
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
@@ -127,8 +128,8 @@ class B2DiffuRL(PolicyGradient[Config]):
     def collect(self, run: Run) -> Experience:
         """Sample the stage, normalise per prompt, keep the best and the worst of each group."""
         batch = run.prompts(self.config.groups, self.config.group_size)
-        path = self.roll(run, batch)
-        experience = scored_experience(batch, path.x_0, path.edges, run.score(run.samples(path.x_0, batch)))
+        path, _, scores = rolled(run, batch, partial(self.roll, run))
+        experience = scored_experience(batch, path.x_0, path.edges, scores)
         assert experience.rewards is not None
         z: Tensor = run.jointly(partial(self._scores, run.iteration), experience.rewards, batch.prompt)
         chosen = contrast(z, batch.group, self.config.threshold_best, self.config.threshold_worst)

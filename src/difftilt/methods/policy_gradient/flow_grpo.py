@@ -32,6 +32,7 @@ from difftilt.sampling.protocol import NoiseSource, Trajectory
 from difftilt.sampling.solvers import DPMSolverPP
 from difftilt.sampling.windows import compressed
 from difftilt.training.advantages import AdvantageConfig, Advantages, check_best_worst, drawn_steps
+from difftilt.training.drawing import rolled
 from difftilt.training.experience import Experience, PromptBatch, scored_experience
 from difftilt.training.policy_gradient import ChainConfig, ChainPolicyGradient
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
@@ -77,10 +78,8 @@ class FlowGRPO(ChainPolicyGradient[Config]):
     def collect(self, run: Run) -> Experience:
         """Roll out groups, score, compare; the trained steps become edges with their sample's advantage."""
         batch = run.prompts(self.config.groups, self.config.group_size)
-        trajectory = self.finished(run, batch)
-        experience = scored_experience(
-            batch, trajectory.x_0, trajectory.edges, run.score(run.samples(trajectory.x_0, batch))
-        )
+        trajectory, _, scores = rolled(run, batch, partial(self.finished, run))
+        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, scores)
         advantage = self.advantages(run, experience)
         mask = self._trained(run, experience, advantage)
         edges = replace(experience.edges, advantage=broadcast(advantage, experience.edges.sample), mask=mask)

@@ -13,6 +13,7 @@ surrogate of a chain and the regression of DiffusionNFT, neither of which knows 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -25,6 +26,7 @@ from difftilt.methods.forward_process.diffusion_nft import DiffusionNFT, Regress
 from difftilt.models.protocol import RoleSpec
 from difftilt.rewards.protocol import Samples
 from difftilt.sampling.protocol import NoiseSource
+from difftilt.training.drawing import rolled
 from difftilt.training.experience import Experience, scored_experience
 from difftilt.training.gating import ANCHOR, Gating, GatingConfig
 from difftilt.training.policy_gradient import ChainConfig, ChainPolicyGradient
@@ -72,9 +74,8 @@ class GatedChain(ChainPolicyGradient[Config]):
     def collect(self, run: Run) -> Experience:
         """Roll out groups, score, credit; edges carry the advantage and the gate of their sample."""
         batch = run.prompts(self.config.groups, self.config.group_size)
-        trajectory = self.roll(run, batch)
-        samples = run.samples(trajectory.x_0, batch)
-        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, run.score(samples))
+        trajectory, samples, scores = rolled(run, batch, partial(self.roll, run))
+        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, scores)
         credit = self.gating.credit(run, experience, samples)
         # a sample that teaches nothing is still pulled back where it is held
         counts = credit.advantage != 0 if credit.held is None else (credit.advantage != 0) | credit.held
