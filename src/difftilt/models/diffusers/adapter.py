@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from difftilt.errors import UserError
 from difftilt.models.denoiser import device_of
 from difftilt.models.diffusers.options import PipelineOptions
-from difftilt.models.diffusers.schedules import Clock, Schedule, dynamic_shift, replaced, schedule_of
+from difftilt.models.diffusers.schedules import Schedule, dynamic_shift, replaced, schedule_of
 from difftilt.models.diffusers.texts import EncodedTexts, Rows, cache_folder, identity_of
 from difftilt.models.protocol import GenerativeModel
+from difftilt.process.gaussian import expand
 from difftilt.process.protocol import Condition
 
 
@@ -27,22 +28,33 @@ class Backbone(nn.Module):
 
     Args:
         network: UNet or transformer; its own precision is what it computes in.
-        clock: from t to what the network is told.
+        schedule: gives the network's clock, and how a consistency model mixes its output with the state.
     """
 
-    def __init__(self, network: nn.Module, clock: Clock) -> None:
+    def __init__(self, network: nn.Module, schedule: Schedule) -> None:
         super().__init__()
-        self.network, self.clock = network, clock
+        self.network, self.schedule = network, schedule
 
     def forward(
         self, x_t: Float[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch *shape"]:
-        dtype = next(self.network.parameters()).dtype
-        return self.call(x_t.to(dtype), self.clock(t), condition)
+        told = self.schedule.clock(t)
+        # some networks keep a few weights in float32: their own word is better than the first weight's
+        dtype = getattr(self.network, "dtype", None) or next(self.network.parameters()).dtype
+        output = self.call(x_t.to(dtype), told, condition)
+        return output if self.schedule.mixing is None else self._mixed(output, x_t, t, told)
 
     def call(self, x: Tensor, timestep: Float[Tensor, " batch"], condition: Mapping[str, Tensor]) -> Tensor:
         """The raw output, from what the network itself takes."""
         raise NotImplementedError
+
+    def _mixed(self, output: Tensor, x_t: Tensor, t: Tensor, told: Tensor) -> Tensor:
+        """c_out·x0 + c_skip·x_t, which is x_t at the data end whatever the network says (Song et al. 2023)."""
+        schedule, half = self.schedule, 0.5  # standard deviation that the data is taken to have
+        time = told * (schedule.mixing or 0.0)
+        skip, out = half**2 / (time**2 + half**2), time / (time**2 + half**2).sqrt()
+        x0 = schedule.process.predict(output, x_t, t, schedule.predicts).x0
+        return expand(out, x0) * x0 + expand(skip, x0) * x_t
 
 
 class Adapter:
@@ -66,8 +78,6 @@ class Adapter:
     """Components that read the prompt."""
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     """Components that cut the prompt into tokens."""
-    distilled: bool = False
-    """The network is told the guidance scale; there is no unconditional branch."""
 
     def __init__(self, options: PipelineOptions, pipe: Any) -> None:
         self.options, self.pipe = options, pipe
@@ -100,6 +110,11 @@ class Adapter:
         return float(self.chosen("guidance", "guidance_scale"))
 
     @property
+    def distilled(self) -> bool:
+        """The network is told the guidance scale; there is no unconditional branch."""
+        return False
+
+    @property
     def guidance(self) -> float:
         """Of classifier-free guidance, 1 where the pipeline does without."""
         return 1.0 if self.distilled else max(self.scale, 1.0)
@@ -127,7 +142,7 @@ class Adapter:
     @cached_property
     def network(self) -> Backbone:
         """The network behind difftilt's signature."""
-        return self.backbone(self._component(self.denoisers[0]), self.schedule.clock)
+        return self.backbone(self._component(self.denoisers[0]), self.schedule)
 
     @cached_property
     def model(self) -> GenerativeModel:
@@ -170,6 +185,14 @@ class Adapter:
     def multiple(self) -> int:
         """What height and width must be multiples of."""
         return self.pipe.vae_scale_factor
+
+    def packed(self, latents: Float[Tensor, "batch *shape"]) -> Tensor:
+        """Latents as the pipeline's own call takes them."""
+        return latents
+
+    def unpacked(self, latents: Tensor) -> Float[Tensor, "batch *shape"]:
+        """Inverse of :meth:`packed`."""
+        return latents
 
     def encode(self, prompts: Sequence[str]) -> Rows:
         """Condition of each prompt, on the CPU."""
@@ -227,14 +250,24 @@ class Adapter:
         return self.scaled(law.mode().float())
 
     def unscaled(self, latents: Tensor) -> Tensor:
-        """Latents of the network to those of the VAE: z/scaling_factor + shift_factor."""
-        config = self._component("vae").config
-        return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        """Latents of the network to those of the VAE: z·std/scaling_factor + mean + shift_factor, by its settings."""
+        scale, shift = self._scales(latents)
+        return latents * scale + shift
 
     def scaled(self, latents: Tensor) -> Tensor:
         """Inverse of :meth:`unscaled`."""
+        scale, shift = self._scales(latents)
+        return (latents - shift) / scale
+
+    def _scales(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift of each channel."""
         config = self._component("vae").config
-        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            mean, std = [0.0], [1.0]
+        shape = (1, -1, *[1] * (like.dim() - 2))
+        scale = torch.tensor(std).to(like).reshape(shape) / (config.get("scaling_factor") or 1.0)
+        return scale, torch.tensor(mean).to(like).reshape(shape) + (config.get("shift_factor") or 0.0)
 
     def _prepare_vae(self) -> None:
         vae = self._component("vae")

@@ -47,18 +47,26 @@ class Schedule:
 
     Attributes:
         process: forward corruption.
-        output: what the raw output of the network means.
+        predicts: what the raw output of the network means.
         clock: what the network is told of a time.
         grid: the scheduler's own times and the end of its last step, (steps + 1,) float64, falling.
         law: of a step of the pipeline: ``ode`` is deterministic, ``ancestral`` DDPM's posterior, and ``renoise`` the
             predicted clean sample with fresh noise (consistency models).
+        mixing: of consistency models: the time as they know it is so many times the network's clock; it says how much
+            of the state goes into the predicted clean sample. None for others.
     """
 
     process: GaussianProcess
-    output: PredictionKind
+    predicts: PredictionKind
     clock: Clock
     grid: Float[Tensor, " times"]
     law: Literal["ode", "ancestral", "renoise"] = "ode"
+    mixing: float | None = None
+
+    @property
+    def output(self) -> PredictionKind:
+        """What the output means, mixed or not."""
+        return self.predicts if self.mixing is None else "x0"
 
 
 def schedule_of(
@@ -103,9 +111,13 @@ def replaced(scheduler: Any, name: str) -> Any:
         raise UserError(
             f"scheduler = {name!r}: diffusers has no such scheduler; {', '.join(sorted(READERS))} are known"
         )
-    flow_shift = scheduler.config.get("flow_shift")
-    extra = {"shift": flow_shift} if name.startswith("FlowMatch") and flow_shift is not None else {}
-    return made.from_config(scheduler.config, **extra)
+    config = scheduler.config
+    extra: dict[str, Any] = {}
+    if name.startswith("FlowMatch") and config.get("flow_shift") is not None:
+        extra["shift"] = config["flow_shift"]
+    if "clip_sample" not in config:
+        extra["clip_sample"] = False  # a scheduler that does not know it does not do it; DDIM's default is to clip
+    return made.from_config(config, **extra)
 
 
 def _ddim(scheduler: Any, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Schedule:
@@ -155,7 +167,8 @@ def _lcm(scheduler: Any, steps: int, sigmas: Sequence[float] | None, mu: float |
     scheduler.set_timesteps(steps)
     process = _variance_preserving(scheduler, "log_abar", prior_std=1.0)
     grid = torch.cat([process.time(scheduler.timesteps), torch.zeros(1, dtype=torch.float64)])
-    return Schedule(process, _kind(scheduler), _clock(process), grid, law="renoise")
+    mixing = float(scheduler.config.timestep_scaling)
+    return Schedule(process, _kind(scheduler), _clock(process), grid, "renoise", mixing)
 
 
 def _flow(scheduler: Any, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Schedule:
