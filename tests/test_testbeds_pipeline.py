@@ -51,6 +51,10 @@ def test_a_pipeline_is_trained_in_place(tmp_path: Path, method: str, family: Any
         texts == {"flow-grpo": 3, "diffusion-nft": 2}[method]
     )  # the prompts, and the empty one where there is guidance
     pipe(PROMPTS, num_inference_steps=2, output_type="pt")  # still a pipeline
+    # the weights of any role are those of a network that the pipeline takes
+    lagging: Any = run.run.roles.network("behaviour" if method == "diffusion-nft" else "reference")
+    assert type(lagging.network) is type(network)
+    assert set(lagging.network.state_dict()) == set(before)
     # the run goes on with the same objects, and with no others
     again: dict[str, Any] = given | {"training": TRAINING | {"iterations": 2}, "resume": True}
     with without_pictures():

@@ -168,8 +168,8 @@ class VariancePreserving(GaussianProcess):
     """
 
     alphas_cumprod: Tensor
-    between: Literal["log_abar", "ratio"] = "log_abar"
-    prior_std: float | None = None
+    between: Literal["log_abar", "ratio"] = field(default="log_abar", kw_only=True)
+    prior_std: float | None = field(default=None, kw_only=True)
     knots: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -201,7 +201,8 @@ def dynamic_shift(scheduler: Any, tokens: int) -> float | None:
 
 
 def _variance_preserving(scheduler: Any, between: Any, prior_std: float) -> VariancePreserving:
-    return VariancePreserving(scheduler.alphas_cumprod.double().clamp(min=SMALLEST), between, prior_std)
+    table = scheduler.alphas_cumprod.double().clamp(min=SMALLEST)
+    return VariancePreserving(table, between=between, prior_std=prior_std)
 
 
 def _clock(process: VariancePreserving) -> Clock:
