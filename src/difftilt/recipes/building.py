@@ -12,6 +12,7 @@ from difftilt.recipes.loading import read
 from difftilt.recipes.parts import Part, read_part
 from difftilt.recipes.schema import Recipe, RewardWeights
 from difftilt.rewards import Reward, WeightedSum, as_reward
+from difftilt.rewards.base import Unrewarded
 from difftilt.training.needs import check_needs
 from difftilt.training.offline import load_data
 from difftilt.training.protocol import Task
@@ -29,6 +30,11 @@ def build_task(recipe: Recipe) -> Task:
         task = replace(task, reward=as_reward(recipe.reward.build(task)))
     if recipe.weights is not None:
         task = replace(task, reward=_weighted(testbed, recipe.weights))
+    if isinstance(task.reward, Unrewarded):
+        raise UserError(
+            f"testbed {recipe.testbed.name!r} has no reward of its own: add a section, as in "
+            "reward: {name: my_module:my_function}"
+        )
     if recipe.data is not None:
         _reads_data(recipe)
         task = replace(task, data=load_data(Path(recipe.data), task, recipe.resolved().get("reward")))
