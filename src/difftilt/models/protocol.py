@@ -148,6 +148,7 @@ class GenerativeModel:
         decode: latents (batch, *shape) -> media a reward may see; must keep gradients where the model has them.
         null_condition: batch size -> condition of the unconditional branch of guidance; None if untrained for it.
         dtype_tokens: True if latents are token indices (int64) rather than floats.
+        lora_targets: ends of the names of the layers that adapters go on by default; none: all linear ones.
     """
 
     network: Network
@@ -158,3 +159,4 @@ class GenerativeModel:
     decode: Callable[[Tensor], Tensor]
     null_condition: Callable[[int], Condition] | None = None
     dtype_tokens: bool = False
+    lora_targets: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from difftilt.errors import UserError
-from difftilt.models.roles import CopiedRoles
+from difftilt.models.lora import roles_of
 from difftilt.recipes.building import build_task
 from difftilt.recipes.directory import CONFIG
 from difftilt.recipes.schema import Recipe
@@ -75,7 +75,8 @@ def evaluate_recipe(recipe: Recipe, checkpoint: Path | None) -> dict[str, float]
     if not isinstance(model.network, nn.Module):
         raise UserError(f"task {task.name} has no weights to evaluate: its network is not an nn.Module")
     device = torch.device(config.device)
-    roles = CopiedRoles(model.network.to(device), method.roles())
+    model.network.to(device)
+    roles = roles_of(model, method.roles(), config.lora, config.seed)
     if checkpoint is not None:
         tensors, _ = load_checkpoint(checkpoint)
         if "weights" not in tensors:

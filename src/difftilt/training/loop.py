@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from difftilt.errors import UserError
+from difftilt.models.lora import roles_of
 from difftilt.models.protocol import Lagging, Roles, RoleSpec, Trained
-from difftilt.models.roles import CopiedRoles
 from difftilt.sampling.noise import Noise
 from difftilt.training.checkpoint import newest_checkpoint, save_checkpoint
 from difftilt.training.config import OptimizerConfig, TrainingConfig
@@ -225,8 +225,8 @@ def assemble(
     for spec in specs.values():
         if not isinstance(spec, Lagging) and spec.network is not None:
             spec.network.to(device)
-    # rollout and ratios see one function: dropout is off, and so is everything else that training mode turns on
-    roles = CopiedRoles(model.network.to(device).eval(), specs)
+    model.network.to(device)
+    roles = roles_of(model, specs, config.lora, config.seed)
     run = LoopRun(replace(task, model=model), roles, world, Noise(config.seed), config.forward_batch, device)
     trained: dict[str, Mapping[str, Any]] = {"current": {}}
     trained |= {name: spec.optimizer for name, spec in specs.items() if isinstance(spec, Trained)}
