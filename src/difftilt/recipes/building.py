@@ -14,6 +14,7 @@ from difftilt.process.masked import MaskedProcess
 from difftilt.recipes.parts import Part
 from difftilt.recipes.schema import Recipe, RewardWeights
 from difftilt.rewards import Reward, WeightedSum, as_reward
+from difftilt.rewards.base import Unrewarded
 from difftilt.training.offline import load_data
 from difftilt.training.protocol import Task
 
@@ -64,6 +65,11 @@ def build_task(recipe: Recipe) -> Task:
         task = replace(task, reward=as_reward(recipe.reward.build(task)))
     if recipe.weights is not None:
         task = replace(task, reward=_weighted(testbed, recipe.weights))
+    if isinstance(task.reward, Unrewarded):
+        raise UserError(
+            f"testbed {recipe.testbed.name!r} has no reward of its own: add a section, as in "
+            "reward: {name: my_module:my_function}"
+        )
     if recipe.data is not None:
         task = replace(task, data=load_data(Path(recipe.data), task, recipe.resolved().get("reward")))
     algorithm = recipe.method or recipe.steerer

@@ -13,26 +13,21 @@ from difftilt.config import Problems, dump
 from difftilt.errors import UserError
 from difftilt.leaves import find
 from difftilt.models.denoiser import denoiser
-from difftilt.models.protocol import GenerativeModel
 from difftilt.recipes.building import build_task, check_needs, require
 from difftilt.recipes.fitting import load_fitted
 from difftilt.recipes.parts import read_part
 from difftilt.recipes.prompts import prompts_of
 from difftilt.recipes.schema import Recipe, SteeringConfig
+from difftilt.recipes.sources import Object, Scored, task_of
 from difftilt.recipes.steered import SteerResult, best_scores, steered_look
 from difftilt.rewards import Masked, as_reward
-from difftilt.rewards.base import ScoreFunction
 from difftilt.rewards.masked import parts_masked
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.noise import Noise
-from difftilt.sampling.presets import default_sampler
 from difftilt.sampling.protocol import Sampler
 from difftilt.steering.protocol import Anytime, Progress, Steerer
 from difftilt.steering.within import steer_within
 from difftilt.training.protocol import Task
-
-Scored = Reward | ScoreFunction
-"""A reward, or a plain function of samples."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +66,24 @@ def call_of_recipe(recipe: Recipe) -> SteerCall:
 
 
 def call_of_objects(
-    source: Task | GenerativeModel,
+    source: Object,
     reward: Scored | None,
     prompts: Sequence[str] | None,
     method: str | Steerer | Anytime,
     sampler: Sampler | None,
     settings: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
 ) -> SteerCall:
     """The call of a steerer on a model that somebody holds.
 
     Args:
-        source: a task, or a model alone.
+        source: a task, a model alone, or a pipeline of ``diffusers``.
         reward: of the samples; None takes the task's own.
         prompts: None takes the task's held-out ones.
         method: name of a steerer, ``module:Class``, or a steerer.
         sampler: None takes the task's own; for a model alone, 50 stochastic steps.
         settings: fields of the steerer and of :class:`SteeringConfig`.
+        options: of a pipeline.
 
     Raises:
         UserError: with everything that is wrong with the settings.
@@ -99,7 +96,7 @@ def call_of_objects(
     if theirs and not isinstance(method, str):
         problems.add(f"{', '.join(theirs)}: settings of a steerer belong into it, where it is given as an object")
     problems.check("steer")
-    task = _task(source, reward, prompts, sampler)
+    task = task_of(source, reward, None if isinstance(source, Task) else prompts, None, sampler, options)
     if part is not None and ":" not in part.name:
         check_needs(find("steerers", part.name).card, task, part.config)
     steerer = cast(Steerer, method if part is None else part.build(task))
@@ -109,21 +106,6 @@ def call_of_objects(
     named = {"name": type(steerer).__name__} if part is None else part.resolved()
     kept = {"steerer": named, "steering": dump(cast(SteeringConfig, steering)) | {"prompts": wanted}}
     return SteerCall(task, steerer, wanted, cast(SteeringConfig, steering), OmegaConf.to_yaml(OmegaConf.create(kept)))
-
-
-def _task(
-    source: Task | GenerativeModel, reward: Scored | None, prompts: Sequence[str] | None, sampler: Sampler | None
-) -> Task:
-    """The task as it was, with what was given in its place."""
-    if isinstance(source, GenerativeModel):
-        if reward is None:
-            raise UserError("a model alone has no reward: give one, or a function of samples that returns scores")
-        if prompts is None:
-            raise UserError("a model alone has no prompts: give a list ([''] for a model without prompts)")
-        sampler = default_sampler(source.process) if sampler is None else sampler
-        return Task(type(source.network).__name__, source, as_reward(reward), list(prompts), list(prompts), sampler)
-    task = source if reward is None else replace(source, reward=as_reward(reward))
-    return task if sampler is None else replace(task, sampler=sampler)
 
 
 def run_call(call: SteerCall, progress: Progress | None = None) -> SteerResult:

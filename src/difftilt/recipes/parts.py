@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast, get_type_hints
 
@@ -50,6 +50,42 @@ class Part:
         return {"name": self.name, **dump(self.config)}
 
 
+@dataclass(frozen=True)
+class Given(Part):
+    """A part that somebody gave as a Python object: a recipe can name it, but not make it again.
+
+    Attributes:
+        value: the object; None where a recipe was read from a file.
+        facts: what the recipe says of it besides its name.
+    """
+
+    value: Any = None
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def build(self, task: Any = None) -> Any:
+        """The object.
+
+        Raises:
+            UserError: if the recipe was read from a file.
+        """
+        if self.value is None:
+            raise UserError(
+                f"{self.name} was given as a Python object, which no recipe can make again: call difftilt from Python "
+                "with the same objects, or name a leaf"
+            )
+        return self.value
+
+    def resolved(self) -> dict[str, Any]:
+        """Name and facts."""
+        return {"name": self.name, **self.facts}
+
+
+def given(kind: str, value: Any, facts: Mapping[str, Any] | None = None) -> Given:
+    """An object as a part, named ``<Class>`` or ``<function>``; no leaf has such a name."""
+    name = getattr(value, "__name__", None) or getattr(value, "name", None) or type(value).__name__
+    return Given(kind, f"<{name}>", NoFields(), value, facts or {})
+
+
 def read_part(kind: str, section: str, data: object, problems: Problems) -> Part | None:
     """The part that a section of a recipe names, or None after noting what is wrong with it."""
     if not isinstance(data, Mapping) or not isinstance(cast(Mapping[str, Any], data).get("name"), str):
@@ -57,6 +93,8 @@ def read_part(kind: str, section: str, data: object, problems: Problems) -> Part
         return None
     values = dict(cast(Mapping[str, Any], data))
     name = str(values.pop("name"))
+    if name.startswith("<"):
+        return Given(kind, name, NoFields(), None, values)
     try:
         config_class = config_of(load(kind, name))
     except UserError as error:
