@@ -6,20 +6,23 @@ further ones, and ``reference`` is the backbone with its adapters off. Layers ar
 ``[diffusers]``).
 """
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from pydantic import Field
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from difftilt.config import Config
 from difftilt.errors import UserError
 from difftilt.leaves import import_module
 from difftilt.models.fingerprint import fingerprint
-from difftilt.models.protocol import GenerativeModel, Network, RoleSpec
+from difftilt.models.protocol import GenerativeModel, Network, RoleSpec, Weights
 from difftilt.models.roles import CopiedRoles, Held
 
 BASE = "base/fingerprint"
@@ -54,9 +57,19 @@ class Adapted(Held):
         """The backbone under this adapter."""
         return _Under(self)
 
+    @property
+    def inner(self) -> nn.Module:
+        """The part of the network that has adapters, and that names of layers are counted from."""
+        return _inner(self.module)
+
+    def lora(self) -> dict[str, Any] | None:
+        """Settings of the adapter."""
+        values: dict[str, Any] = self.config.to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+
     def tensors(self) -> dict[str, Tensor]:
         """Weights of the adapter under the names of the layers, such as ``attn.to_q.lora_A.weight``."""
-        return dict(_weights_of(self.module, self.adapter))
+        return dict(_weights_of(self.inner, self.adapter))
 
     def weights(self) -> set[str]:
         """All of them are parameters."""
@@ -64,11 +77,11 @@ class Adapted(Held):
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """All weights of the adapter of a trained role."""
-        return tuple(value for value in _weights_of(self.module, self.adapter).values() if value.requires_grad)
+        return tuple(value for value in _weights_of(self.inner, self.adapter).values() if value.requires_grad)
 
     def copy(self, role: str, version: int, like: Held | None = None) -> Held:
         """A further adapter with the same weights."""
-        _inject(self.module, self.config, role, seed=0)
+        _inject(self.inner, self.config, role, seed=0)
         copied = Adapted(self.module, version, like is not None, role, self.config)
         mine = copied.tensors()
         with torch.no_grad():
@@ -127,10 +140,11 @@ def adapted(network: nn.Module, settings: LoraSettings, targets: Sequence[str] =
     peft = import_module("peft", "training.lora")
     if any(_is_adapted(layer) for layer in network.modules()):
         raise UserError("training.lora: this network has adapters already: merge or unload them first")
-    chosen = _targets(network, settings.targets if settings.targets is not None else targets)
+    inner = _inner(network)
+    chosen = _targets(inner, settings.targets if settings.targets is not None else targets)
     network.requires_grad_(False)
     config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=chosen)
-    _inject(network, config, "current", seed)
+    _inject(inner, config, "current", seed)
     return Adapted(network, 0, True, "current", config)
 
 
@@ -148,6 +162,21 @@ def roles_of(
     # rollout and ratios see one function: dropout is off, and so is everything else that training mode turns on
     network = cast(nn.Module, model.network).eval()
     return CopiedRoles(network if settings is None else adapted(network, settings, model.lora_targets, seed), specs)
+
+
+def save_peft(held: Weights, folder: Path) -> None:
+    """``adapter_config.json`` and ``adapter_model.safetensors``, for ``PeftModel.from_pretrained(network, folder)``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named = held.tensors().items()
+    tensors = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in named}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = json.dumps(held.lora(), indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(settings + "\n", encoding="utf-8")
+
+
+def _inner(network: nn.Module) -> nn.Module:
+    """A wrapper names what it wraps ``inner``, so that layers have the names that other libraries know."""
+    return getattr(network, "inner", network)
 
 
 def _targets(network: nn.Module, wanted: Sequence[str]) -> list[str]:

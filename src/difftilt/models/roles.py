@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from difftilt.errors import UserError
 from difftilt.leaves import nearest
-from difftilt.models.protocol import Frozen, Lagging, Network, RoleSpec
+from difftilt.models.protocol import Frozen, Lagging, Network, RoleSpec, Weights
 
 
 @dataclass
@@ -46,6 +47,10 @@ class Held:
             for name, parameter in copied.named_parameters():
                 parameter.requires_grad_(name in trainable)
         return Held(copied, version, trained=like is not None)
+
+    def lora(self) -> dict[str, Any] | None:
+        """Settings of the adapter that these weights are; None for whole networks."""
+        return None
 
     def changed(self) -> None:
         """Called when the tensors of a role that no optimiser moves have been written to."""
@@ -112,6 +117,10 @@ class CopiedRoles:
     def parameters(self, role: str) -> Sequence[nn.Parameter]:
         """Those with gradients, in a fixed order; none for frozen and lagging roles."""
         return self._role(role).parameters()
+
+    def held(self, role: str) -> Weights:
+        """The weights of a role, to be written down."""
+        return self._role(role)
 
     def stepped(self, role: str) -> None:
         held = self._role(role)

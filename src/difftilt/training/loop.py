@@ -43,6 +43,7 @@ class TrainResult:
         before, after: evaluations on held-out prompts.
         verdicts: of the monitors, over the whole run.
         run: task, roles and ledger, to go on with.
+        role: whose weights are the outcome.
     """
 
     directory: Path | None
@@ -51,6 +52,7 @@ class TrainResult:
     after: dict[str, float]
     verdicts: list[Verdict]
     run: LoopRun
+    role: str = "current"
 
 
 @dataclass
@@ -204,7 +206,7 @@ def train_task(
     if loop.writes is not None:
         summary = {"before": loop.before, "after": after, "verdicts": summarise(loop.verdicts)}
         write_text(loop.writes / "summary.json", json.dumps(summary, indent=1))
-    return TrainResult(directory, loop.rows, loop.before, after, loop.verdicts, loop.run)
+    return TrainResult(directory, loop.rows, loop.before, after, loop.verdicts, loop.run, method.evaluated_role)
 
 
 def assemble(
