@@ -17,6 +17,7 @@ from difftilt.recipes.calls import call_of_objects, call_of_recipe, run_call
 from difftilt.recipes.collecting import collect_groups
 from difftilt.recipes.directory import CONFIG, check_free, check_output, run_directory
 from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe, run_of
+from difftilt.recipes.exporting import export_checkpoint, export_result
 from difftilt.recipes.fitting import FitResult, fit_recipe
 from difftilt.recipes.schema import Recipe, load_recipe
 from difftilt.recipes.sources import Object, Scored, is_object, recipe_of_objects, task_of
@@ -234,6 +235,30 @@ def evaluate(
     run = run_of(checkpoint)
     (progress or _silent)(f"{checkpoint.name.replace('_', ' ')} of {run}")
     return evaluate_recipe(_typed(run / CONFIG, overrides, settings), checkpoint)
+
+
+def export(what: str | Path | TrainResult, output: str | Path, *, role: str | None = None) -> Path:
+    """Write trained weights as the model's own library loads them, with a model card and the recipe beside them.
+
+    Of a pipeline of ``diffusers`` a LoRA becomes ``pytorch_lora_weights.safetensors``, for ``pipe.load_lora_weights``,
+    and a folder ``peft``; all weights become a whole pipeline. Of other models a LoRA becomes a ``peft`` folder.
+
+    Args:
+        what: a run directory, whose newest checkpoint is taken, one of its checkpoints, or what :func:`train` returned
+            (the only way where the model was given as an object).
+        output: new directory.
+        role: whose weights; None takes those that the method's evaluations measure.
+
+    Raises:
+        UserError: if there is no such run or role, or ``output`` is not free.
+    """
+    check_free(Path(output))
+    if isinstance(what, TrainResult):
+        return export_result(what, role, Path(output))
+    checkpoint = checkpoint_of(Path(what))
+    if checkpoint is None:
+        raise UserError(f"export: {what} is no run directory and no checkpoint of one")
+    return export_checkpoint(checkpoint, role, Path(output))
 
 
 def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:

@@ -7,6 +7,7 @@ A family is one file: it names its pipelines and its text encoders, says how its
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,7 +19,8 @@ from difftilt.models.denoiser import device_of
 from difftilt.models.diffusers.options import PipelineOptions
 from difftilt.models.diffusers.schedules import Schedule, dynamic_shift, replaced, schedule_of
 from difftilt.models.diffusers.texts import EncodedTexts, Rows, cache_folder, identity_of
-from difftilt.models.protocol import GenerativeModel
+from difftilt.models.lora import save_peft
+from difftilt.models.protocol import GenerativeModel, Weights
 from difftilt.process.gaussian import expand
 from difftilt.process.protocol import Condition
 
@@ -34,6 +36,15 @@ class Backbone(nn.Module):
     def __init__(self, network: nn.Module, schedule: Schedule) -> None:
         super().__init__()
         self.network, self.schedule = network, schedule
+
+    @property
+    def inner(self) -> nn.Module:
+        """The network of the pipeline itself, whose names of layers other libraries know."""
+        return self.network
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All networks that are trained, in the order of :attr:`Adapter.denoisers`."""
+        return (self.network,)
 
     def forward(
         self, x_t: Float[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition
@@ -76,6 +87,8 @@ class Adapter:
     """Components of the pipeline that are trained."""
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Components that read the prompt."""
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the layers that adapters go on by default: those of attention."""
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     """Components that cut the prompt into tokens."""
 
@@ -155,7 +168,33 @@ class Adapter:
             encode=self.encode,
             decode=self.decode,
             null_condition=None if self.distilled else self.null_condition,
+            export=self.export,
+            lora_targets=self.lora_targets,
         )
+
+    def export(self, weights: Weights, folder: Path) -> None:
+        """A LoRA for ``pipe.load_lora_weights(folder)``, with a ``peft`` folder beside it; or the whole pipeline.
+
+        Args:
+            weights: of the network, or of an adapter on it.
+            folder: to write to.
+        """
+        name, lora = self.denoisers[0], weights.lora()
+        if lora is not None:
+            layers = {key: value.detach().cpu() for key, value in weights.tensors().items()}
+            named = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": lora}
+            type(self.pipe).save_lora_weights(folder, **named)
+            save_peft(weights, folder / "peft")
+            return
+        theirs = cast(Backbone, weights.module).networks()
+        mine = {name: self._component(name) for name, _ in zip(self.denoisers, theirs, strict=False)}
+        try:
+            for name, network in zip(mine, theirs, strict=True):
+                setattr(self.pipe, name, network)
+            self.pipe.save_pretrained(folder)
+        finally:
+            for name, network in mine.items():
+                setattr(self.pipe, name, network)
 
     def shape(self) -> tuple[int, ...]:
         """Of one latent: (channel, height, width)."""

@@ -39,6 +39,20 @@ class WanTransformer(Backbone):
         super().__init__(network, schedule)
         self.cleaner, self.boundary, self.by_token = cleaner, boundary, by_token
 
+    @property
+    def inner(self) -> nn.Module:
+        """The network that gets adapters, where there is one."""
+        if self.cleaner is not None:
+            raise UserError(
+                "training.lora: this Wan pipeline has two networks, which one LoRA cannot hold: train all weights "
+                "(leave training.lora out), or a pipeline with one network"
+            )
+        return self.network
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        """One or two."""
+        return (self.network,) if self.cleaner is None else (self.network, self.cleaner)
+
     def call(self, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         text = condition["text"].to(x.dtype)
         noisy = timestep >= self.boundary
@@ -63,6 +77,7 @@ class Wan(Adapter):
 
     pipelines = ("WanPipeline",)
     backbone = WanTransformer
+    denoisers = ("transformer", "transformer_2")
 
     @cached_property
     def network(self) -> Backbone:
