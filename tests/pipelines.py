@@ -172,7 +172,7 @@ def stable_diffusion_3(scheduler: Any = None, t5: bool = True) -> Any:
     )
 
 
-def latent_consistency() -> Any:
+def latent_consistency(**scheduler: Any) -> Any:
     torch.manual_seed(0)
     return quiet(
         made(
@@ -181,7 +181,7 @@ def latent_consistency() -> Any:
             text_encoder=made("CLIPTextModel", clip_config()).eval(),
             tokenizer=clip_tokenizer(),
             unet=unet(time_cond_proj_dim=8),
-            scheduler=made("LCMScheduler", clip_sample=False),
+            scheduler=made("LCMScheduler", clip_sample=False, **scheduler),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,

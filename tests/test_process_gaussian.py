@@ -52,22 +52,6 @@ def test_float32_times_see_the_same_slope_as_float64() -> None:
     assert float((rounded / exact - 1).abs().max()) < 5e-4
 
 
-def test_the_noise_to_signal_ratio_can_be_what_is_linear_between_entries() -> None:
-    table = scaled_linear_schedule().alphas_cumprod
-    process, other = VariancePreserving(table, between="ratio"), VariancePreserving(table)
-    on_table = process.time(torch.arange(1000))
-    torch.testing.assert_close(process.alpha(on_table), other.alpha(on_table))
-    t = rows(0.0004, 0.01234, 0.50037, 0.9999).requires_grad_()
-    ratio = process.sigma(t) / process.alpha(t)
-    place = t.detach() * 1000
-    knots = torch.cat([torch.zeros(1).double(), ((1 - table) / table).sqrt()])
-    left, share = place.floor().long(), place - place.floor()
-    torch.testing.assert_close(ratio.detach(), torch.lerp(knots[left], knots[left + 1], share))
-    assert float((other.sigma(t) / other.alpha(t) - ratio).detach().abs().max()) > 1e-6
-    level, rate = process.log_abar(t)
-    torch.testing.assert_close(rate.detach(), torch.autograd.grad(level.sum(), t)[0])
-
-
 def test_sampling_may_start_from_unit_noise() -> None:
     table, noise = rows(0.9, 0.5), torch.ones(2, 3)
     assert torch.equal(VariancePreserving(table, prior_std=1.0).prior(noise), noise)

@@ -6,7 +6,7 @@ their derivatives with respect to t. Coefficients are computed in the dtype of t
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self, cast
+from typing import Self, cast
 
 import torch
 from jaxtyping import Float
@@ -156,19 +156,16 @@ class VariancePreserving(GaussianProcess):
     """alpha² = abar, sigma² = 1 - abar, from a table of ``alphas_cumprod`` (Ho et al. 2020).
 
     Table entry k stands at t = (k + 1)/N and t = 0 is exactly clean, so the network's own clock is t·N - 1
-    (:meth:`timestep`). Between entries log abar is linear in t, or the noise-to-signal ratio sqrt((1 - abar)/abar), as
-    in the Euler samplers of Karras et al. 2022 (arXiv 2206.00364).
+    (:meth:`timestep`). Between entries log abar is linear in t.
 
     Attributes:
         alphas_cumprod: (N,) decreasing values in (0, 1).
-        between: what is linear between entries.
         prior_std: standard deviation of the state that sampling starts from; None is sigma(1). Samplers that start from
             N(0, I) on a schedule that keeps a trace of data have 1.
-        knots: (N + 1,) log abar, or the ratio, at t = 0, 1/N, ..., 1, made from it.
+        knots: (N + 1,) log abar at t = 0, 1/N, ..., 1, made from it.
     """
 
     alphas_cumprod: Tensor
-    between: Literal["log_abar", "ratio"] = field(default="log_abar", kw_only=True)
     prior_std: float | None = field(default=None, kw_only=True)
     knots: Tensor = field(init=False, repr=False)
 
@@ -178,8 +175,7 @@ class VariancePreserving(GaussianProcess):
         if table.dim() != 1 or not falling or bool((table <= 0).any()) or bool((table >= 1).any()):
             raise ValueError("alphas_cumprod must be a non-increasing vector of values in (0, 1)")
         object.__setattr__(self, "alphas_cumprod", table)
-        levels = table.log() if self.between == "log_abar" else ((1 - table) / table).sqrt()
-        object.__setattr__(self, "knots", torch.cat([torch.zeros(1, dtype=torch.float64), levels]))
+        object.__setattr__(self, "knots", torch.cat([torch.zeros(1, dtype=torch.float64), table.log()]))
 
     @property
     def steps(self) -> int:
@@ -204,10 +200,7 @@ class VariancePreserving(GaussianProcess):
         # a time on the table belongs to the interval below, which a falling step crosses; the slack is float32 rounding
         left = (place - self.steps * 2.0**-23).floor().clamp(0, self.steps - 1).long()
         slope = knots[left + 1] - knots[left]
-        level, rate = knots[left] + slope * (place - left), slope * self.steps
-        if self.between == "log_abar":
-            return level, rate
-        return -torch.log1p(level**2), -2 * level / (1 + level**2) * rate  # abar = 1/(1 + ratio²)
+        return knots[left] + slope * (place - left), slope * self.steps
 
     def alpha(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         return (0.5 * self.log_abar(t)[0]).exp()
