@@ -1,6 +1,7 @@
 """Rewards in actors of a real local Ray with one core: equal scores, faults named, the dead started again."""
 
 import gc
+import os
 import sys
 import warnings
 from collections.abc import Generator
@@ -32,7 +33,10 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def _one_core() -> Generator[None]:
     assert str(Path(__file__).parent) in sys.path  # where the actors find the rewards too
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    if "RAY_ADDRESS" in os.environ:  # a node that runs already: a busy machine may be too slow to start one in time
+        ray.init(log_to_driver=False)
+    else:
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it forgets processes that still run
