@@ -108,9 +108,9 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match="give tokenizer with model, or a source"):
         clip_score(model=clip())
     for source, message in (
-        ("nobody/nothing", "'nobody/nothing' cannot be loaded: .*no network\\? name a local copy"),
+        ("nobody/nothing", "'nobody/nothing' cannot be loaded: .*no network\\? name a local folder"),
         ("nothing", "'nothing' is neither a folder nor an id on the hub, which is OWNER/NAME"),
-        (str(tmp_path), "cannot be loaded: .*is it complete\\?"),
+        (str(tmp_path), "cannot be loaded: .*is the file complete\\?"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             clip_score(clip_score_leaf.Config(source=source))

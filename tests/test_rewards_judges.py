@@ -127,6 +127,14 @@ def test_prompts_and_metadata_say_what_is_wanted(prompt: str) -> None:
     assert read_requests(values | ({"tag": "counting"} if wanted.counting else {}), prompt) == wanted
 
 
+def test_things_have_one_name() -> None:
+    assert parse_requests("two computer mice and a sofa".replace("mice", "mouses"), ["mouse", "couch"]).include == (
+        Request("mouse", 2),
+        Request("couch"),
+    )
+    assert read_requests({"include": [{"class": "tv remote", "count": 1}]}, "").include == (Request("remote"),)
+
+
 def test_requests_that_are_not_understood() -> None:
     for prompt in ("a photo of a unicorn", "dogs", "five dogs", "a photo of"):
         with pytest.raises(UserError, match="give the requests as metadata"):
@@ -238,5 +246,8 @@ def test_without_clip_a_colour_is_refused() -> None:
     name = next(iter(blind.detect(images(1), [0.0])[0]))
     with pytest.raises(UserError, match="name a CLIP model that tells colours"):
         blind.score(samples(images(1), [f"a red {name}"]))
+    unknown = samples(images(1), ["x"], include=[[{"class": "dot", "count": 1}]])
+    with pytest.raises(UserError, match=r"this detector knows no 'dot'; did you mean dog\?"):
+        blind.score(unknown)
     with pytest.raises(UserError, match="scores images.*given a video"):
         blind.score(Samples(torch.zeros(1, 2, 3, 8, 8), ["a car"], [""], torch.zeros(1, dtype=torch.int64)))

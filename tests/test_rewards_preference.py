@@ -247,7 +247,7 @@ def test_the_published_network_has_the_sizes_of_its_file() -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for name, value in (("a.pt", [torch.ones(1)]), ("b.pt", {"state_dict": {"x": 1}})):
         torch.save(value, tmp_path / name)
-        with pytest.raises(UserError, match="it holds no named tensors; is it complete"):
+        with pytest.raises(UserError, match="it holds no named tensors; is the file complete"):
             load_weights(str(tmp_path / name), "test")
     torch.save({"x": Path("danger")}, tmp_path / "c.pt")  # an object: nothing but tensors and plain values is read
     with pytest.raises(UserError, match="Weights only load failed"):

@@ -21,14 +21,13 @@ def from_hub(what: str, source: str, read: Callable[[str], T], parts: int = 2) -
     Raises:
         UserError: in one line, for what is not there, cannot be read, or cannot be reached.
     """
-    local = Path(source).expanduser()
+    local, kind = Path(source).expanduser(), "folder" if parts == 2 else "file"
     if not local.exists() and source.count("/") != parts - 1:
         form = "OWNER/NAME" if parts == 2 else "OWNER/NAME/FILE"
-        kind = "a folder" if parts == 2 else "a file"
-        raise UserError(f"{what} {source!r} is neither {kind} nor an id on the hub, which is {form}")
+        raise UserError(f"{what} {source!r} is neither a {kind} nor an id on the hub, which is {form}")
     try:
         return read(str(local) if local.exists() else source)
     except Exception as error:  # of the hub client and of every reader of weights
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = "is it complete?" if local.exists() else "no network? name a local copy"
+        remedy = "is the file complete?" if local.exists() else f"no network? name a local {kind}"
         raise UserError(f"{what} {source!r} cannot be loaded: {reason[:300]}; {remedy}") from error

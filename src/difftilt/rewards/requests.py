@@ -9,6 +9,18 @@ from difftilt.errors import UserError
 from difftilt.rewards.scenes import RELATIONS
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+ALIASES = {
+    "computer mouse": "mouse",
+    "tv remote": "remote",
+    "computer keyboard": "keyboard",
+    "sofa": "couch",
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "diningtable": "dining table",
+    "pottedplant": "potted plant",
+    "tvmonitor": "tv",
+}
+"""Names that GenEval and some detectors use -> those of COCO."""
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 
 
@@ -46,6 +58,11 @@ class Requests:
     counting: bool = False
 
 
+def canonical(thing: str) -> str:
+    """The one name of a thing that has several."""
+    return ALIASES.get(thing, thing)
+
+
 def read_requests(values: Mapping[str, Any], prompt: str) -> Requests:
     """From ``include``, ``exclude`` and ``tag`` as the lines of GenEval's ``evaluation_metadata.jsonl`` have them.
 
@@ -54,7 +71,7 @@ def read_requests(values: Mapping[str, Any], prompt: str) -> Requests:
     """
     try:
         include = tuple(_request(one) for one in values["include"])
-        exclude = {str(one["class"]): int(one["count"]) for one in values.get("exclude", ())}
+        exclude = {canonical(str(one["class"])): int(one["count"]) for one in values.get("exclude", ())}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"geneval: the metadata of prompt {prompt!r} has no class and count: {error}") from error
     for place, one in enumerate(include):
@@ -65,7 +82,7 @@ def read_requests(values: Mapping[str, Any], prompt: str) -> Requests:
 
 def _request(one: Mapping[str, Any]) -> Request:
     relation, target = one.get("position") or (None, 0)
-    return Request(str(one["class"]), int(one["count"]), one.get("color"), relation, int(target))
+    return Request(canonical(str(one["class"])), int(one["count"]), one.get("color"), relation, int(target))
 
 
 def parse_requests(prompt: str, things: Collection[str]) -> Requests:
@@ -75,7 +92,7 @@ def parse_requests(prompt: str, things: Collection[str]) -> Requests:
 
     Args:
         prompt: with or without "a photo of".
-        things: classes of the detector.
+        things: classes of the detector, by their canonical names.
 
     Raises:
         UserError: names what is not understood.
@@ -97,7 +114,7 @@ def _group(text: str, prompt: str, things: Collection[str]) -> Request:
     count = NUMBERS.get(words[0], 0) if words else 0
     colour = words[1] if len(words) > 2 and words[1] in COLOURS else None
     name = " ".join(words[1 if colour is None else 2 :])
-    thing = next((form for form in _singular(name) if form in things), None)
+    thing = next((form for form in map(canonical, _singular(name)) if form in things), None)
     if not count or thing is None:
         raise UserError(
             f"geneval: prompt {prompt!r}: {text!r} is not a number, a colour where one is wanted, and something that the "

@@ -12,12 +12,13 @@ from torch.nn.functional import normalize
 
 from difftilt.card import Card
 from difftilt.errors import UserError
+from difftilt.leaves import nearest
 from difftilt.rewards.pictures import as_pictures
 from difftilt.rewards.pretrained.base import PretrainedReward
 from difftilt.rewards.pretrained.clip import Clip, load_clip
 from difftilt.rewards.pretrained.loading import PretrainedOptions, Text, frozen, load_network, load_part, needs_both
 from difftilt.rewards.protocol import Capabilities, Samples
-from difftilt.rewards.requests import COLOURS, Request, Requests, parse_requests, read_requests
+from difftilt.rewards.requests import COLOURS, Request, Requests, canonical, parse_requests, read_requests
 from difftilt.rewards.scenes import Judgement, compare, share_related
 
 CARD = Card(
@@ -38,7 +39,7 @@ TEMPLATES = ("a photo of a {colour} {thing}", "a photo of a {colour}-colored {th
 class Config(PretrainedOptions):
     """Settings of the detector and the verdict."""
 
-    source: Text = "facebook/detr-resnet-50"
+    source: Text = "hustvl/yolos-base"
     """Folder or hub id of an object detector of ``transformers`` with its image processor."""
     clip: Text | None = "openai/clip-vit-large-patch14"
     """Folder or hub id of the ``CLIPModel`` that names colours; null refuses prompts with colours."""
@@ -88,7 +89,7 @@ class GenEval(PretrainedReward):
         parts = {"detector": model} if clip is None else {"detector": model, "clip": clip.model}
         super().__init__("geneval", nn.ModuleDict(parts), options)
         self.model, self.processor, self.clip, self.config = model, processor, clip, options
-        self.things = list(model.config.id2label.values())
+        self.names = {int(label): canonical(name) for label, name in model.config.id2label.items()}
 
     def score_batch(self, samples: Samples) -> Float[Tensor, " batch"]:
         wanted = [self._requests(samples, row) for row in range(len(samples.group))]
@@ -108,7 +109,7 @@ class GenEval(PretrainedReward):
     def _sorted(self, found: Mapping[str, Tensor], least: float) -> Found:
         seen = dict[str, list[Box]]()
         for place in found["scores"].argsort(descending=True).tolist():
-            boxes = seen.setdefault(self.model.config.id2label[int(found["labels"][place])], [])
+            boxes = seen.setdefault(self.names[int(found["labels"][place])], [])
             if float(found["scores"][place]) > least and len(boxes) < MOST:
                 left, top, right, bottom = found["boxes"][place].tolist()
                 boxes.append(Box(((top + bottom) / 2, (left + right) / 2), (bottom - top, right - left)))
@@ -116,9 +117,13 @@ class GenEval(PretrainedReward):
 
     def _requests(self, samples: Samples, row: int) -> Requests:
         if "include" not in samples.metadata:
-            return parse_requests(samples.prompts[row], self.things)
+            return parse_requests(samples.prompts[row], set(self.names.values()))
         values = {key: column[row] for key, column in samples.metadata.items() if key in ("include", "exclude", "tag")}
-        return read_requests(values, samples.prompts[row])
+        wanted = read_requests(values, samples.prompts[row])
+        for thing in (*(one.thing for one in wanted.include), *wanted.exclude):
+            if thing not in self.names.values():
+                raise UserError(f"geneval: this detector knows no {thing!r}; {nearest(thing, self.names.values())}")
+        return wanted
 
     def _threshold(self, wanted: Requests) -> float:
         return self.config.counting_threshold if wanted.counting else self.config.threshold

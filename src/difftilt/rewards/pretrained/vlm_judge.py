@@ -35,7 +35,7 @@ ANSWERS: Mapping[str, Mapping[str, float]] = {
 class Config(PretrainedOptions):
     """Settings of the judge."""
 
-    source: Text = "Qwen/Qwen2.5-VL-3B-Instruct"
+    source: Text = "Qwen/Qwen2.5-VL-7B-Instruct"
     """Folder or hub id of a model for images and texts to text, with its processor and chat template."""
     form: Literal["yes", "score"] = "yes"
     """``yes``: p(yes) / (p(yes) + p(no)), in [0, 1]; ``score``: the expected number from 1 to 5."""
