@@ -76,7 +76,9 @@ def images(rows: int = 3, height: int = 40, width: int = 52, seed: int = 0) -> T
 
 def samples(media: Tensor, prompts: list[str] | None = None, **metadata: Any) -> Samples:
     prompts = PROMPTS[: len(media)] if prompts is None else prompts
-    return Samples(media, prompts, ["rewritten"] * len(media), torch.zeros(len(media), dtype=torch.int64), None, metadata)
+    return Samples(
+        media, prompts, ["rewritten"] * len(media), torch.zeros(len(media), dtype=torch.int64), None, metadata
+    )
 
 
 def hold(reward: Reward, given: Samples, low: float, high: float, tolerance: float = 1e-5) -> Tensor:
@@ -107,4 +109,6 @@ def slope(reward: Reward, given: Samples, step: float = 1e-2) -> None:
     with torch.no_grad():
         ahead, behind = (reward.score(replace(given, media=media + sign * step * direction)).sum() for sign in (1, -1))
     expected = float(torch.linalg.vector_norm(gradient))
-    assert abs(float(ahead - behind) / (2 * step) - expected) < 0.02 * expected + 1e-5 * float(score.detach().abs()) / step
+    assert (
+        abs(float(ahead - behind) / (2 * step) - expected) < 0.02 * expected + 1e-5 * float(score.detach().abs()) / step
+    )

@@ -111,7 +111,7 @@ def test_what_is_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         reader().score(samples(["x"], ["a cat"]))
     with pytest.raises(UserError, match=r"ocr scores images.*given a video"):
         reader().score(Samples(torch.zeros(1, 2, 3, 8, 8), ['"x"'], [""], torch.zeros(1, dtype=torch.int64)))
-    with pytest.raises(UserError, match="no language 'xyz' here, only .*eng"):
+    with pytest.raises(UserError, match=r"no language 'xyz' here, only .*eng"):
         Ocr(Config(language="xyz"))
     monkeypatch.setattr(reader().reader.pytesseract, "tesseract_cmd", "no-such-program")
     with pytest.raises(UserError, match=r"not on the path: install it \(Debian: apt-get install tesseract-ocr\)"):

@@ -1,6 +1,6 @@
-"""How exactly an image shows the words that its prompt quotes, read by tesseract. Needs the extra [ocr] and its program.
+"""How exactly an image shows the words that its prompt quotes, read by tesseract. Needs the extra [ocr].
 
-The program is Debian's package ``tesseract-ocr``; pip installs only what calls it.
+The program that it calls is Debian's package ``tesseract-ocr``; pip installs only what calls it.
 """
 
 import os
@@ -115,7 +115,9 @@ def wanted_texts(samples: Samples, key: str = "text") -> list[str]:
         texts = [" ".join("".join(match) for match in QUOTES.findall(prompt)) for prompt in samples.prompts]
     for prompt, text in zip(samples.prompts, texts, strict=True):
         if not text.strip():
-            raise UserError(f"ocr: prompt {prompt!r} quotes no words, as in 'a sign that says \"open\"', and has no {key}")
+            raise UserError(
+                f"ocr: prompt {prompt!r} quotes no words, as in 'a sign that says \"open\"', and has no {key}"
+            )
     return texts
 
 

@@ -1,4 +1,4 @@
-"""What a prompt asks to be seen, in the form of GenEval: things with counts, colours and places, and things too many."""
+"""What a prompt asks to be seen, in the form of GenEval: things with counts, colours and places, and too many."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -117,8 +117,8 @@ def _group(text: str, prompt: str, things: Collection[str]) -> Request:
     thing = next((form for form in map(canonical, _singular(name)) if form in things), None)
     if not count or thing is None:
         raise UserError(
-            f"geneval: prompt {prompt!r}: {text!r} is not a number, a colour where one is wanted, and something that the "
-            "detector knows, as in 'two red cars'; give the requests as metadata (include, exclude) instead"
+            f"geneval: prompt {prompt!r}: {text!r} is not a number, a colour where one is wanted, and something that "
+            "the detector knows, as in 'two red cars'; give the requests as metadata (include, exclude) instead"
         )
     return Request(thing, count, colour)
 

@@ -45,7 +45,9 @@ class VideoReward:
 
     def __init__(self, config: Config, reward: Reward) -> None:
         if reward.capabilities.set_valued:
-            raise UserError(f"video: {reward.name!r} scores sets; frames are scored one by one: wrap a reward of samples")
+            raise UserError(
+                f"video: {reward.name!r} scores sets; frames are scored one by one: wrap a reward of samples"
+            )
         self.config, self.reward = config, reward
         self.name = f"video_{reward.name}"
 

@@ -58,15 +58,14 @@ class Clap(PretrainedReward):
         texts = self.tokenizer(list(samples.prompts), padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
             read = self.model.text_model(
-                input_ids=texts["input_ids"].to(spectra.device), attention_mask=texts["attention_mask"].to(spectra.device)
+                input_ids=texts["input_ids"].to(spectra.device),
+                attention_mask=texts["attention_mask"].to(spectra.device),
             ).pooler_output
             wanted = normalize(self.model.text_projection(read).float(), dim=-1)
         return (normalize(self.model.audio_projection(heard).float(), dim=-1) * wanted).sum(-1)
 
 
-def clap(
-    config: Config | None = None, *, model: Any = None, tokenizer: Any = None, extractor: Any = None
-) -> Clap:
+def clap(config: Config | None = None, *, model: Any = None, tokenizer: Any = None, extractor: Any = None) -> Clap:
     """The reward.
 
     Args:
@@ -78,7 +77,9 @@ def clap(
     config, user = Config() if config is None else config, "clap"
     needs_both(user, model=model, tokenizer=tokenizer, extractor=extractor)
     if model is None:
-        tokenizer, extractor = (load_part(kind, config.source, user) for kind in ("AutoTokenizer", "ClapFeatureExtractor"))
+        tokenizer, extractor = (
+            load_part(kind, config.source, user) for kind in ("AutoTokenizer", "ClapFeatureExtractor")
+        )
         model = load_network("ClapModel", config.source, config, user)
     if model.config.audio_config.enable_fusion:
         raise UserError("clap: feature fusion draws random cuts of long sounds: take a model without it (unfused)")

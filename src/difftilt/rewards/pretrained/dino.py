@@ -19,7 +19,7 @@ from difftilt.rewards.protocol import Capabilities, Samples
 CARD = Card(
     name="dino",
     entry="dino",
-    paper="Oquab et al. 2023, DINOv2 (arXiv 2304.07193); as a similarity Ruiz et al. 2022, DreamBooth (arXiv 2208.12242)",
+    paper="Oquab et al. 2023, DINOv2 (arXiv 2304.07193); the similarity of DreamBooth (arXiv 2208.12242)",
     needs=("images", "the extra [rewards]", "reference images"),
 )
 

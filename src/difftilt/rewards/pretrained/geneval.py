@@ -131,7 +131,8 @@ class GenEval(PretrainedReward):
     def _score(self, image: Tensor, seen: Found, wanted: Requests) -> float:
         coloured = {one.thing for one in wanted.include if one.colour is not None}
         named = {
-            thing: self.name_colours(image, boxes, thing) if thing in coloured else boxes for thing, boxes in seen.items()
+            thing: self.name_colours(image, boxes, thing) if thing in coloured else boxes
+            for thing, boxes in seen.items()
         }
         if self.config.form == "geneval":
             return float(verdict(named, wanted))

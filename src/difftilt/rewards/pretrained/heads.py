@@ -42,5 +42,7 @@ def head_of(tensors: Mapping[str, Tensor], user: str) -> LinearHead:
         raise UserError(f"{user}: these weights hold no head (layers.0.weight of {WIDTHS[0]} rows)")
     prefix = found[0].removesuffix("layers.0.weight")
     head = LinearHead(tensors[found[0]].shape[1])
-    fill(head, {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(f"{prefix}layers.")}, user)
+    fill(
+        head, {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(f"{prefix}layers.")}, user
+    )
     return head

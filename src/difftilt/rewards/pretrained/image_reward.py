@@ -102,7 +102,9 @@ def published_blip(user: str) -> nn.Module:
     library = import_module("transformers", user)
     eye = library.BlipVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, image_size=224,
                                    num_attention_heads=16, patch_size=16, layer_norm_eps=1e-6)  # fmt: skip
-    reader = library.BlipTextConfig(vocab_size=30524, encoder_hidden_size=1024, num_attention_heads=12, bos_token_id=30522)
+    reader = library.BlipTextConfig(
+        vocab_size=30524, encoder_hidden_size=1024, num_attention_heads=12, bos_token_id=30522
+    )
     return blip_of(library, eye, reader)
 
 

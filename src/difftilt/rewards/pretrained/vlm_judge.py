@@ -17,8 +17,8 @@ from difftilt.rewards.protocol import Capabilities, Samples
 CARD = Card(
     name="vlm-judge",
     entry="vlm_judge",
-    paper="Lin et al. 2024, VQAScore (arXiv 2404.01291): the probability of yes; scores in the manner of Q-Align (Wu et "
-    "al. 2023, arXiv 2312.17090)",
+    paper="Lin et al. 2024, VQAScore (arXiv 2404.01291): the probability of yes; scores as in Q-Align (Wu et al. 2023, "
+    "arXiv 2312.17090)",
     needs=("images", "the extra [rewards]"),
 )
 
@@ -93,7 +93,9 @@ def answer_tokens(tokenizer: Any, answers: Mapping[str, float]) -> tuple[Tensor,
     for answer, value in answers.items():
         found = set(_single(tokenizer, [answer, answer.capitalize(), f" {answer}", f" {answer.capitalize()}"]))
         if not found:
-            raise UserError(f"vlm_judge: the answer {answer!r} is no single token of this tokenizer: choose another word")
+            raise UserError(
+                f"vlm_judge: the answer {answer!r} is no single token of this tokenizer: choose another word"
+            )
         if found & worth.keys():
             raise UserError(f"vlm_judge: the answer {answer!r} begins like another one: choose words that differ")
         worth |= dict.fromkeys(found, value)
