@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import difftilt
 import difftilt.leaves
 from difftilt.errors import UserError
 from difftilt.recipes.parts import config_of
@@ -16,7 +17,7 @@ from difftilt.rewards.pretrained import clip_score as clip_score_leaf
 from difftilt.rewards.pretrained import pick_score as pick_score_leaf
 from difftilt.rewards.pretrained.clip_score import clip_score
 from difftilt.rewards.pretrained.pick_score import pick_score
-from pipelines import clip_tokenizer, made
+from pipelines import clip_tokenizer, made, stable_diffusion
 from pretrained import EDGE, PROMPTS, clip, hold, images, samples, save_clip, slope, without
 
 
@@ -82,14 +83,14 @@ def test_a_folder_gives_the_same_scores_as_its_objects(tmp_path: Path) -> None:
     given = samples(images())
     model = save_clip(tmp_path, processor())
     expected = clip_score(model=model, tokenizer=clip_tokenizer()).score(given)
-    named = {"source": str(tmp_path), "device": "cpu"}
-    found = clip_score(clip_score_leaf.Config(**named)).score(given)
+    named = clip_score_leaf.Config(source=str(tmp_path), device="cpu")
+    found = clip_score(named).score(given)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    picked = pick_score(pick_score_leaf.Config(**named, processor=str(tmp_path))).score(given)
+    picked = pick_score(pick_score_leaf.Config(source=str(tmp_path), processor=str(tmp_path))).score(given)
     torch.testing.assert_close(picked, expected * model.logit_scale.exp(), atol=1e-4, rtol=0)
     # and its own image processor is followed
     processor(image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(tmp_path)
-    other = clip_score(clip_score_leaf.Config(**named)).score(given)
+    other = clip_score(named).score(given)
     assert float((other - expected).abs().max()) > 1e-3
 
 
@@ -127,3 +128,24 @@ def test_equal_prompts_are_encoded_once() -> None:
     )
     clip_score(model=model, tokenizer=clip_tokenizer()).score(samples(images(), PROMPTS))
     assert seen == [2]
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+def test_a_pipeline_is_steered_by_a_reward_that_a_recipe_names(tmp_path: Path) -> None:
+    """best-of-n of 4 keeps the largest of its own scores, and these are what the reward says of the images."""
+    save_clip(tmp_path / "clip", processor())
+    pipe = tmp_path / "pipe"
+    stable_diffusion().save_pretrained(pipe)
+    recipe = {
+        "testbed": {"name": "pipeline", "source": str(pipe), "prompts": PROMPTS[:2], "steps": 2, "cache": "off"},
+        "reward": {"name": "clip-score", "source": str(tmp_path / "clip")},
+        "steerer": {"name": "best-of-n", "particles": 4},
+    }
+    result = difftilt.steer(recipe)
+    steered = result.steered
+    drawn = samples(steered.media, [PROMPTS[prompt] for prompt in steered.group.tolist()])
+    told = clip_score(clip_score_leaf.Config(source=str(tmp_path / "clip"))).score(drawn)
+    torch.testing.assert_close(steered.rewards, told, atol=1e-5, rtol=0)
+    best = [float(told[steered.group == prompt].max()) for prompt in range(2)]
+    assert result.best["reward"] == pytest.approx(sum(best) / 2, abs=1e-5)

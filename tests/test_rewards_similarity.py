@@ -87,10 +87,11 @@ def clap_model() -> Any:
 
 
 def waves(rows: int = 3, time: int = RATE, seed: int = 0) -> Tensor:
-    """A few tones for each row, (rows, time), in [-1, 1]."""
+    """A few tones and some noise for each row, (rows, time), in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     pitch = 100 + 1500 * torch.rand(rows, 3, 1, generator=generator)
-    return (2 * torch.pi * pitch * torch.arange(time) / RATE).sin().mean(1)
+    tones = (2 * torch.pi * pitch * torch.arange(time) / RATE).sin().mean(1)
+    return 0.9 * tones + 0.02 * torch.randn(rows, time, generator=generator)
 
 
 def sounds(x: Tensor) -> Samples:

@@ -1,9 +1,7 @@
 """What rewards with a frozen network share: media checked, brought to the network in batches, scores brought back."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -26,8 +24,6 @@ class PretrainedReward(ABC):
     """
 
     capabilities: Capabilities = Capabilities(differentiable=True, cost=1.0)
-    accepts: ClassVar[Callable[[Tensor, str], Tensor]] = staticmethod(images_in)
-    """(media, name) -> the media, or an error."""
 
     def __init__(self, name: str, network: nn.Module, options: PretrainedOptions) -> None:
         self.name = name
@@ -36,13 +32,17 @@ class PretrainedReward(ABC):
 
     def score(self, samples: Samples) -> Float[Tensor, " batch"]:
         """float32, on the device of the samples."""
-        self.accepts(samples.media, self.name)
+        self.accept(samples.media)
         device = torch.device(self.options.device or samples.media.device)
         self.network.to(device)
         rows = torch.arange(len(samples.group), device=samples.group.device).split(self.options.batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.capabilities.differentiable):
             parts = [self.score_batch(_moved(samples.take(part), device)) for part in rows]
         return torch.cat(parts).float().to(samples.media.device)
+
+    def accept(self, media: Tensor) -> None:
+        """Refuse media of another kind than images."""
+        images_in(media, self.name)
 
     @abstractmethod
     def score_batch(self, samples: Samples) -> Float[Tensor, " batch"]:

@@ -44,11 +44,14 @@ class Clap(PretrainedReward):
     """
 
     capabilities = Capabilities(differentiable=True, cost=1.0)
-    accepts = staticmethod(audio_in)
 
     def __init__(self, model: Any, tokenizer: Any, spectrum: Spectrum, options: Config) -> None:
         super().__init__("clap", model, options)
         self.model, self.tokenizer, self.spectrum, self.rate = model, tokenizer, spectrum, options.rate
+
+    def accept(self, media: Tensor) -> None:
+        """Refuse media of another kind than audio."""
+        audio_in(media, self.name)
 
     def score_batch(self, samples: Samples) -> Float[Tensor, " batch"]:
         waves = resampled(samples.media.float().mean(1), self.rate, self.spectrum.rate)

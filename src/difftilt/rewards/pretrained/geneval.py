@@ -201,12 +201,11 @@ def _share(first: Sequence[Box], second: Sequence[Box], relation: str) -> float:
     """
     if not first or not second:
         return 0.0
-    centres = [torch.tensor([box.centre for box in boxes], dtype=torch.float64) for boxes in (first, second)]
-    sizes = [torch.tensor([box.size for box in boxes], dtype=torch.float64) for boxes in (first, second)]
+    here, there = (torch.tensor([box.centre for box in boxes], dtype=torch.float64) for boxes in (first, second))
     along = 0 if relation in ("above", "below") else 1
-    apart = torch.cdist(*centres)
-    margin = NEAR * (sizes[0][:, None, along] + sizes[1][None, :, along]) + 0.5 * apart
-    return share_related(*centres, relation, margin.clamp(min=1e-3))
+    ours, theirs = (torch.tensor([box.size[along] for box in boxes], dtype=torch.float64) for boxes in (first, second))
+    margin = NEAR * (ours[:, None] + theirs) + 0.5 * torch.cdist(here, there)
+    return share_related(here, there, relation, margin.clamp(min=1e-3))
 
 
 def geneval(

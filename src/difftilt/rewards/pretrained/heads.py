@@ -22,7 +22,7 @@ class LinearHead(nn.Module):
         sizes = (width, *WIDTHS)
         # the published module holds drop-outs at places 1, 3 and 5, which give the maps their numbers
         self.layers = nn.ModuleDict(
-            {str(place): nn.Linear(*sizes[rank : rank + 2]) for rank, place in enumerate((0, 2, 4, 6, 7))}
+            {str(place): nn.Linear(sizes[rank], sizes[rank + 1]) for rank, place in enumerate((0, 2, 4, 6, 7))}
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -101,8 +101,8 @@ class Preparation:
             scale = edge / max(height, width)
             return round(height * scale), round(width * scale)
         short, long = sorted((height, width))
-        new = (edge, int(edge * long / short))
-        return new if height <= width else new[::-1]
+        other = int(edge * long / short)
+        return (edge, other) if height <= width else (other, edge)
 
 
 def resized(
