@@ -29,14 +29,20 @@ def without(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def seeded(make: Callable[[], Any], scale: float = 3.0) -> Any:
-    """A network whose weights are the same in every call, enlarged: fresh ones tell images and texts hardly apart."""
+    """A network whose weights are the same in every call.
+
+    Matrices are enlarged, for fresh ones tell images and texts hardly apart; norms and biases are moved away from 1 and
+    0, where one could stand for another.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = make().eval()
-    with torch.no_grad():
-        for weight in network.parameters():
-            if weight.dim() > 1:
-                weight.mul_(scale)
+        with torch.no_grad():
+            for weight in network.parameters():
+                if weight.dim() > 1:
+                    weight.mul_(scale)
+                elif weight.dim() == 1:
+                    weight.add_(0.2 * torch.randn_like(weight))
     return network
 
 
