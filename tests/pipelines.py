@@ -24,8 +24,8 @@ PROMPTS = ["a red cat", "two dogs by the sea"]
 
 def made(name: str, *arguments: Any, **settings: Any) -> Any:
     """An object of diffusers or transformers, imported when it is first needed: that takes seconds."""
-    library = importlib.import_module("diffusers")
-    owner = library if hasattr(library, name) else importlib.import_module("transformers")
+    library = importlib.import_module("transformers")
+    owner = library if hasattr(library, name) else importlib.import_module("diffusers")
     return getattr(owner, name)(*arguments, **settings)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,12 @@ from difftilt import api
 from difftilt.card import Card
 from difftilt.errors import RewardError, UserError
 from difftilt.models.ledger import Ledger
-from difftilt.recipes.building import check_needs
 from difftilt.recipes.parts import NoFields
 from difftilt.rewards import Reward, Samples, WeightedSum, as_reward, evaluate
 from difftilt.rewards.served import RemoteReward, wire
 from difftilt.rewards.served.remote import Config
 from difftilt.rewards.served.service import Description
+from difftilt.training.needs import check_needs
 from served_rewards import closeness, faulty, spread
 from training_runs import make_task, without_pictures
 

@@ -91,7 +91,8 @@ def import_module(module: str, user: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = error.name or module
-        if missing == module or module.startswith(f"{missing}."):
+        foreign = missing == module or module.startswith(f"{missing}.")
+        if foreign and _extra(missing) is None:
             raise UserError(f"{user}: there is no module {missing!r} on the Python path") from error
         if missing.partition(".")[0] == "difftilt":
             raise  # a fault of ours, which no installation cures
@@ -143,13 +144,19 @@ def _entry(module: Any, entry: str, where: str) -> Callable[..., Any]:
 
 def _remedy(missing: str) -> str:
     """How to install a package: by the extra that offers it where there is one."""
+    extra = _extra(missing)
+    return f"pip install {missing.partition('.')[0]}" if extra is None else f"pip install 'difftilt[{extra}]'"
+
+
+def _extra(missing: str) -> str | None:
+    """The first extra that offers a package."""
     wanted = _normal(missing.partition(".")[0])
     for line in importlib.metadata.requires("difftilt") or []:
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", line)
         name = re.match(r"[\w.-]+", line)
         if extra and name and _normal(name[0]) == wanted:
-            return f"pip install 'difftilt[{extra[1]}]'"
-    return f"pip install {missing.partition('.')[0]}"
+            return extra[1]
+    return None
 
 
 def _normal(name: str) -> str:

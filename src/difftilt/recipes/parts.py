@@ -12,7 +12,8 @@ from pydantic.errors import PydanticSchemaGenerationError
 from difftilt.config import Config, Problems, configs_in, dump
 from difftilt.errors import UserError
 from difftilt.leaves import load
-from difftilt.rewards.base import scores_samples
+from difftilt.rewards.base import as_reward, scores_samples
+from difftilt.rewards.protocol import Reward
 from difftilt.steering.within import scaled_by
 
 
@@ -28,11 +29,13 @@ class Part:
         kind: of leaf, as in ``leaves.ROOMS``.
         name: slug or ``package.module:Name``.
         config: every field, defaults included.
+        inner: the reward that a leaf wraps, where its entry has a parameter ``reward``.
     """
 
     kind: str
     name: str
     config: Config
+    inner: "Part | None" = None
 
     @property
     def takes_task(self) -> bool:
@@ -47,13 +50,16 @@ class Part:
         if scores_samples(entry):
             return entry
         extra = {"task": task} if self.takes_task else {}
+        if self.inner is not None:
+            extra["reward"] = as_reward(self.inner.build(task))
         if _own_config(entry) is not None:
             return entry(self.config, **extra)
         return entry(**{name: getattr(self.config, name) for name in type(self.config).model_fields}, **extra)
 
     def resolved(self) -> dict[str, Any]:
         """Plain values, as a recipe writes them."""
-        return {"name": self.name, **dump(self.config)}
+        inner = {} if self.inner is None else {"reward": self.inner.resolved()}
+        return {"name": self.name, **dump(self.config), **inner}
 
     def unsized(self) -> dict[str, Any]:
         """The same without the number that a budget decides, where nobody has chosen it: it is not the default."""
@@ -95,7 +101,7 @@ class Given(Part):
 def given(kind: str, value: Any, facts: Mapping[str, Any] | None = None) -> Given:
     """An object as a part, named ``<Class>`` or ``<function>``; no leaf has such a name."""
     name = getattr(value, "__name__", None) or getattr(value, "name", None) or type(value).__name__
-    return Given(kind, f"<{name}>", NoFields(), value, facts or {})
+    return Given(kind, f"<{name}>", NoFields(), value=value, facts=facts or {})
 
 
 def read_part(kind: str, section: str, data: object, problems: Problems) -> Part | None:
@@ -106,14 +112,18 @@ def read_part(kind: str, section: str, data: object, problems: Problems) -> Part
     values = dict(cast(Mapping[str, Any], data))
     name = str(values.pop("name"))
     if name.startswith("<"):
-        return Given(kind, name, NoFields(), None, values)
+        return Given(kind, name, NoFields(), facts=values)
     try:
-        config_class = config_of(load(kind, name))
+        entry = load(kind, name)
+        config_class = config_of(entry)
     except UserError as error:
         problems.add(f'{section}.name = "{name}": {error}')
         return None
+    inner = None
+    if _wraps(entry):
+        inner = read_part("rewards", f"{section}.reward", values.pop("reward", None), problems)
     config = problems.parse(config_class, values, section)
-    return None if config is None else Part(kind, name, config)
+    return None if config is None or (_wraps(entry) and inner is None) else Part(kind, name, config, inner)
 
 
 @cache
@@ -130,6 +140,11 @@ def config_of(entry: Callable[..., Any]) -> type[Config]:
     return _own_config(entry) or _from_signature(entry)
 
 
+def _wraps(entry: Callable[..., Any]) -> bool:
+    """Whether an entry makes something of another reward."""
+    return "reward" in inspect.signature(entry).parameters and _hints(entry).get("reward") is Reward
+
+
 def _own_config(entry: Callable[..., Any]) -> type[Config] | None:
     parameters = list(inspect.signature(entry).parameters)
     found = configs_in(_hints(entry).get(parameters[0])) if parameters else []
@@ -139,7 +154,7 @@ def _own_config(entry: Callable[..., Any]) -> type[Config] | None:
 def _from_signature(entry: Callable[..., Any]) -> type[Config]:
     hints, fields = _hints(entry), dict[str, Any]()
     for name, parameter in inspect.signature(entry).parameters.items():
-        if name == "task":
+        if name == "task" or hints.get(name) is Reward:
             continue  # given by the run
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         fields[name] = (hints.get(name, Any), default)

@@ -10,6 +10,7 @@ from difftilt.errors import UserError
 from difftilt.leaves import Leaf, cards, import_module, load
 from difftilt.models.diffusers.adapter import Adapter, AdapterClass, serves
 from difftilt.models.diffusers.options import PipelineOptions
+from difftilt.models.hub import from_hub
 
 HERE = Path(__file__).parent
 
@@ -79,17 +80,10 @@ def load_pipeline(source: str, options: PipelineOptions) -> Any:
     local = Path(source).expanduser()
     if local.exists() and not (local / "model_index.json").is_file():
         raise UserError(f"{source} is no pipeline of diffusers: there is no model_index.json in it")
-    if not local.exists() and source.count("/") != 1:
-        raise UserError(f"{source!r} is neither a folder nor an id on the hub, which is OWNER/NAME")
     settings: dict[str, Any] = {"torch_dtype": getattr(torch, options.dtype or "float32"), "use_safetensors": True}
     if options.variant is not None:
         settings["variant"] = options.variant
-    try:
-        return pipelines.DiffusionPipeline.from_pretrained(str(local) if local.exists() else source, **settings)
-    except Exception as error:  # of the hub client and of every reader of weights
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = "is the file complete?" if local.exists() else "no network? name a local folder of the pipeline"
-        raise UserError(f"pipeline {source!r} cannot be loaded: {reason[:300]}; {remedy}") from error
+    return from_hub("pipeline", source, lambda found: pipelines.DiffusionPipeline.from_pretrained(found, **settings))
 
 
 def _refuse_hooks(pipe: Any) -> None:
