@@ -148,10 +148,12 @@ of [forward_process](#forward_process).""",
 variation of 512 samples to it; 512 independent draws of the target itself are at 0.183 ± 0.014. The mean reward under
 the target is 3.60: a member far above it searches, it does not sample. svdd with draws of x_0 is at that floor, and its
 value from the most likely completion stops at 0.31 whatever it is paid: the bias of the value, not of the selection.
-fk-steering comes near. best-of-n and dts-star climb past the target. dts pays for one tree of about a hundred rollouts
-for each single sample, which is the use it is least made for: from one tree any number of samples is free.""",
+fk-steering comes near. best-of-n and dts-star climb past the target, dlbs farthest. dts pays for one tree of about a
+hundred rollouts for each single sample, which is the use it is least made for: from one tree any number of samples is
+free.""",
     "steering_mixtures": """`to_target` is the energy distance of 512 samples to exact draws of the tilted law; as many
-independent draws of it are at 0.053 ± 0.017, and their mean reward is 1.81.""",
+independent draws of it are at 0.053 ± 0.017, and their mean reward is 1.81. dlbs, plain ttsnap, best-of-n and dts-star
+seek the highest reward, and leave the target behind the more the more they are paid.""",
     "steering_digits": """The reward is the left-right symmetry of an image (0 is perfect). Settings are those of
 [digits](#digits), but with the kernel of plain stochastic sampling for all steerers and fewer evaluations. The last
 table and the second picture answer from how many samples on training is the cheaper way to a mean reward. At the
@@ -159,7 +161,19 @@ highest reward that it reaches here, flow-grpo pays from 380 samples on against 
 svdd, diffusion-nft from 1 800 and 9 500: the better the search, the later training pays. Equal reward is not equal
 quality: trained samples of one prompt are more alike (`diversity`), and near -0.13 best-of-n keeps `heldout_digit` at
 0.70 where diffusion-nft has 0.68 and flow-grpo 0.67. Training may also go on to rewards that no search reaches at a
-price anybody pays; up to -0.114 only dts does not follow.""",
+price anybody pays; up to -0.114 only dts does not follow. The highest reward for the evaluations is dlbs's, by a beam
+that looks three evaluations ahead; the plain ttsnap is next. find is in no arena: it learns one law for each prompt
+and then draws any number of samples at the price of plain ones, which a search per sample cannot be compared with;
+[its page](methods/find.md) compares.""",
+    "steering_shapes": """The reward is the verifier's dense score, on the test prompts, with eight steps a picture.
+At 256 evaluations a picture nearly all searches saturate: best-of-n, the trees and fk-steering are within noise of each
+other, and what tells them apart is the hardest kind of prompt (`count_position`, 0.02 plain). svdd commits to one child early,
+where a blurred prediction does not show the relation yet, and stays behind on relations; dlbs, with one evaluation of
+lookahead, does not. The fitted ttsnap pays for its fit out of the same budget: its noise-aware reward has seen two
+pictures of each of 1168 prompts, too few to pay here; counting reward calls only it is ahead of the plain one, which
+keeps 15 candidates for the price of 191. The trained members have hardly begun at this budget (flow-grpo's averaged
+weights follow every eighth update), so this arena says little of them: diffusion-nft, at the gain of 0.06 that it
+reaches, pays from some 500 to 11 000 pictures on, depending on the search.""",
     "policy_gradient": """The policy-gradient family on the verifier's dense score and the test prompts: one loss
 (`guard`), exact KL 0.3, noise level 0.7 and optimiser for all; settings are those of `shapes/flow-grpo`, chosen on
 validation prompts for flow-grpo and not tuned for the others, but for g2rpo, see below. Differences are small beside
