@@ -1,15 +1,14 @@
 """A slow reward beside sampling: one collection of Flow-GRPO, whose reward takes as long as its rollout."""
 
+import resource
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from benchmarks.paired import Report, Subject, measure
+from benchmarks.paired import Pairs, Report, Subject, Timing, summary
 from benchmarks.training import assembled, collected
-from benchmarks.workload import Size, make_network, make_task, shapes_of
+from benchmarks.workload import Size, make_task, shapes_of
 from difftilt import api
 from difftilt.methods.policy_gradient.flow_grpo import Config, FlowGRPO
 from difftilt.rewards import FunctionReward, Reward, Samples
@@ -20,61 +19,78 @@ from difftilt.training.loop import Loop
 PARTS, STEPS = 16, 3
 
 
-class Sleeper:
-    """Brightness, and a sleep: so much of ``seconds`` as the share of samples that it is asked for."""
+@dataclass
+class Judge:
+    """Brightness, for which it sleeps as long as the drawing of the same samples took.
 
-    def __init__(self, samples: int) -> None:
-        self.samples, self.seconds = samples, 0.0
+    So both take equally long in one and the same run, whatever else the machine does.
+
+    Attributes:
+        drawn: seconds that the drawing of each part took.
+        slept: seconds of each answer.
+    """
+
+    drawn: list[float] = field(default_factory=list[float])
+    slept: list[float] = field(default_factory=list[float])
+    mark: float = 0.0
+
+    def begin(self) -> None:
+        """A new collection."""
+        self.drawn, self.slept, self.mark = [], [], time.perf_counter()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Ends the drawing of a part."""
+        media = latents[:, :3].sigmoid()
+        now = time.perf_counter()
+        self.drawn.append(now - self.mark)
+        self.mark = now
+        return media
 
     def score(self, samples: Samples) -> Tensor:
-        time.sleep(self.seconds * len(samples.group) / self.samples)
+        began = time.perf_counter()
+        time.sleep(self.drawn[len(self.slept)])
+        self.slept.append(time.perf_counter() - began)
         return samples.media.flatten(1).mean(1)
 
 
 def run(size: Size, repeats: int) -> Report:
     """Through a real server, in a thread of this process, over HTTP: packing and unpacking are part of the program."""
-    size = replace(size, batch=size.batch // 2, steps=STEPS)
-    sleeper = Sleeper(PARTS * size.batch)
-    with served(sleeper, size) as reward:
-        return measure(_subject(size, sleeper, reward), repeats)
+    size, judge = replace(size, batch=size.batch // 2, steps=STEPS), Judge()
+    with api.reward_server(FunctionReward("judge", judge.score)) as server:
+        loop = _loop(size, judge, RemoteReward(RemoteConfig(url=server.url, batch=size.batch)))
+        _once(loop, judge)  # warms up
+        halves = [_once(loop, judge) for _ in range(repeats)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    pairs = Pairs([floor for floor, _ in halves], [program for _, program in halves], peak, peak)
+    return summary(_subject(size, loop), pairs)
 
 
-@contextmanager
-def served(sleeper: Sleeper, size: Size) -> Generator[Reward]:
-    """The sleeping reward behind a server, asked for one part at a time."""
-    with api.reward_server(FunctionReward("sleeper", sleeper.score)) as server:
-        yield RemoteReward(RemoteConfig(url=server.url, batch=size.batch))
+def _once(loop: Loop, judge: Judge) -> tuple[Timing, Timing]:
+    """The longer of drawing and scoring in one collection, and the whole."""
+    judge.begin()
+    wall, cpu, own = time.perf_counter(), time.process_time(), time.thread_time()
+    collected(loop, 0)
+    whole = Timing(time.perf_counter() - wall, time.process_time() - cpu)
+    return Timing(max(sum(judge.drawn), sum(judge.slept)), time.thread_time() - own), whole
 
 
-def _subject(size: Size, sleeper: Sleeper, reward: Reward) -> Subject:
-    overlapping, free = _loop(size, reward), _loop(size, FunctionReward("free", Sleeper(1).score))
-    waited: list[float] = []
-    hidden: list[float] = []
-
-    def program() -> None:
-        collected(overlapping, 0)
-        waited.append(overlapping.run.reward_seconds)
-        hidden.append(overlapping.run.hidden_seconds)
-
-    def floor() -> None:
-        # the machine's speed drifts: the reward takes as long as the rollout did just now
-        began = time.perf_counter()
-        collected(free, 0)
-        sleeper.seconds = time.perf_counter() - began
+def _subject(size: Size, loop: Loop) -> Subject:
+    def nothing() -> None: ...
 
     return Subject(
         name="overlap",
         bound=1.15,
-        program=f"a collection whose remote reward takes as long as the rollout, drawn and scored in {PARTS} parts",
-        floor="the longer of the two: the same rollout with a reward that costs nothing",
-        run_program=program,
-        run_floor=floor,
-        shapes=shapes_of(size, make_network(size)) | {"samples": PARTS * size.batch, "parts": PARTS},
+        program=f"a collection whose remote reward takes as long as its rollout, in {PARTS} parts",
+        floor="the longer of the two in the same collection; of processor time that of the thread that draws",
+        run_program=nothing,
+        run_floor=nothing,
+        shapes=shapes_of(size, loop.run.roles.module("current")) | {"samples": PARTS * size.batch, "parts": PARTS},
         extra={"one after the other": 2.0, "ideal": 1 + 1 / PARTS},
-        phases={"waited for the reward": waited, "reward beside the rollout": hidden},
+        phases={},
     )
 
 
-def _loop(size: Size, reward: Reward) -> Loop:
-    task = replace(make_task(size), reward=reward)
+def _loop(size: Size, judge: Judge, reward: Reward) -> Loop:
+    task = make_task(size)
+    task = replace(task, reward=reward, model=replace(task.model, decode=judge.decode))
     return assembled(task, FlowGRPO(Config(groups=PARTS * size.batch // 4, group_size=4), task), size)

@@ -132,7 +132,11 @@ class Subject:
 
 def measure(subject: Subject, repeats: int) -> Report:
     """Warm both halves up once, then time ``repeats`` pairs."""
-    pairs = _pairs(subject, repeats)
+    return summary(subject, _pairs(subject, repeats))
+
+
+def summary(subject: Subject, pairs: Pairs) -> Report:
+    """What the pairs of a subject say."""
     ratios = pairs.wall_ratios()
     low, middle, high = quartiles(ratios)
     seconds = {
@@ -146,7 +150,7 @@ def measure(subject: Subject, repeats: int) -> Report:
         ratio_median=middle,
         ratio_spread=high - low,
         ratio_quartiles=(low, high),
-        repeats=repeats,
+        repeats=len(ratios),
         bound=subject.bound,
         cpu_ratio_median=statistics.median(pairs.cpu_ratios()),
         program=subject.program,

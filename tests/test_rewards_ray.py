@@ -36,7 +36,7 @@ def _one_core() -> Generator[None]:
     if "RAY_ADDRESS" in os.environ:  # a node that runs already: a busy machine may be too slow to start one in time
         ray.init(log_to_driver=False)
     else:
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it forgets processes that still run
