@@ -166,14 +166,14 @@ that looks three evaluations ahead; the plain ttsnap is next. find is in no aren
 and then draws any number of samples at the price of plain ones, which a search per sample cannot be compared with;
 [its page](methods/find.md) compares.""",
     "steering_shapes": """The reward is the verifier's dense score, on the test prompts, with eight steps a picture.
-At 256 evaluations a picture nearly all searches saturate: best-of-n, the trees and fk-steering are within noise of each
-other, and what tells them apart is the hardest kind of prompt (`count_position`, 0.02 plain). svdd commits to one child early,
-where a blurred prediction does not show the relation yet, and stays behind on relations; dlbs, with one evaluation of
-lookahead, does not. The fitted ttsnap pays for its fit out of the same budget: its noise-aware reward has seen two
-pictures of each of 1168 prompts, too few to pay here; counting reward calls only it is ahead of the plain one, which
-keeps 15 candidates for the price of 191. The trained members have hardly begun at this budget (flow-grpo's averaged
-weights follow every eighth update), so this arena says little of them: diffusion-nft, at the gain of 0.06 that it
-reaches, pays from some 500 to 11 000 pictures on, depending on the search.""",
+At 256 evaluations a picture nearly all searches saturate: best-of-n, the trees and fk-steering are within noise of
+each other, and what tells them apart is the hardest kind of prompt (`count_position`, 0.02 plain). svdd commits to
+one child early, where a blurred prediction does not show the relation yet, and stays behind on relations; dlbs, with
+one evaluation of lookahead, does not. The fitted ttsnap pays for its fit out of the same budget: its noise-aware
+reward has seen two pictures of each of 1168 prompts, too few to pay here; counting reward calls only it is ahead of
+the plain one, which keeps 15 candidates for the price of 191. The trained members have hardly begun at this budget
+(flow-grpo's averaged weights follow every eighth update), so this arena says little of them: diffusion-nft, at the
+gain of 0.06 that it reaches, pays from some 500 to 11 000 pictures on, depending on the search.""",
     "policy_gradient": """The policy-gradient family on the verifier's dense score and the test prompts: one loss
 (`guard`), exact KL 0.3, noise level 0.7 and optimiser for all; settings are those of `shapes/flow-grpo`, chosen on
 validation prompts for flow-grpo and not tuned for the others, but for g2rpo, see below. Differences are small beside
