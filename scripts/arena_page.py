@@ -169,8 +169,8 @@ and then draws any number of samples at the price of plain ones, which a search 
 model's language spell one. With 256 evaluations a molecule the beam of dlbs ends highest, then best-of-n and
 dts-star. fk-steering and svdd aim at the law tilted by their temperatures and stop there. At equal reward calls,
 where a guess from a half-masked molecule costs as much as a finished one, the searches that score finished molecules
-only win by far: best-of-n and dts-star reach 0.87, near the top of what QED gives real drugs. Nothing was tuned, and
-32 molecules of a seed are few: the standard deviation over seeds of the base is 0.03.""",
+only win by far: best-of-n and dts-star reach 0.87 (the 4190 training molecules have 0.56 in the mean). Nothing was
+tuned, and 32 molecules of a seed are few: the standard deviation over seeds of the base is 0.03.""",
     "steering_shapes": """The reward is the verifier's dense score, on the test prompts, with eight steps a picture.
 At 256 evaluations a picture nearly all searches saturate: best-of-n, the trees and fk-steering are within noise of
 each other, and what tells them apart is the hardest kind of prompt (`count_position`, 0.02 plain). svdd commits to
