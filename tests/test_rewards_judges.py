@@ -10,7 +10,7 @@ from torch import Tensor
 from difftilt.errors import UserError
 from difftilt.rewards import Samples
 from difftilt.rewards.pictures import as_pictures
-from difftilt.rewards.pretrained.clip import load_clip
+from difftilt.rewards.pretrained.clip import Clip, load_clip
 from difftilt.rewards.pretrained.geneval import Box, Found, GenEval, geneval, judge, verdict
 from difftilt.rewards.pretrained.geneval import Config as Detecting
 from difftilt.rewards.pretrained.loading import PretrainedOptions
@@ -252,11 +252,14 @@ def test_metadata_wins_over_prompts_and_forms_are_graded() -> None:
     assert scores.tolist() == pytest.approx([0 if not count else 1 / count for count in expected])
 
 
-def test_colours_are_named_by_clip_in_the_box_only() -> None:
-    reward = detecting()
+def test_colours_are_named_by_clip_in_the_box_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward, asked = detecting(), list[str]()
+    encode = Clip.texts
+    monkeypatch.setattr(Clip, "texts", lambda clip, texts: asked.extend(texts) or encode(clip, texts))  # pyright: ignore
     image, boxes = images(1)[0], [at(10, 10), at(30, 40, size=8), at(0, 0, size=0)]
     named = reward.name_colours(image, boxes, "car")
     assert all(box.colour in COLOURS for box in named)
+    assert {"a photo of a red car", "a photo of a red-colored car", "a photo of a white object"} <= set(asked)
     changed = image.clone()
     changed[:, 20:, :] = 0.5  # outside the first box
     assert reward.name_colours(changed, boxes[:1], "car") == named[:1]
