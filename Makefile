@@ -41,9 +41,9 @@ bench: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# Kill -9 at random moments, fifty times per method.
+# Kill -9 at random moments, fifty times per method; two hundred generated recipes; a full disk.
 soak: $(STAMP)
-	DIFFTILT_KILLS=50 $(BIN)/pytest -m '' -k kill --timeout 7200
+	DIFFTILT_KILLS=50 DIFFTILT_RECIPES=200 $(BIN)/pytest -m '' tests/reliability --timeout 7200
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

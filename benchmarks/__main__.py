@@ -1,7 +1,7 @@
 """Run the benchmarks and write their results: ``python -m benchmarks [NAME ...] [--repeats N]``.
 
-Studies, which time nothing, run only when they are named: ``signal``, ``attribution``, ``memory`` and
-``ttsnap_replay``; the first two take half an hour each.
+Studies, which time nothing, run only when they are named: ``signal``, ``attribution``, ``memory``, ``nodes``,
+``ttsnap_replay`` and ``pareto``; the first two take half an hour each.
 
 Always exits with 0: a machine that is slow, or busy, is no error. Whether a bound holds is printed and stored.
 """
@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import attribution, memory, signal, ttsnap
+from benchmarks import attribution, memory, nodes, pareto, signal, ttsnap
+from benchmarks.noise_laws import find_overhead
 from benchmarks.paired import Report, Subject, measure
 from benchmarks.sampling import (
     branch_saving,
@@ -33,7 +34,7 @@ from benchmarks.training import (
     nft_overhead,
     prdp_overhead,
 )
-from benchmarks.trees import dts_frontier, dts_overhead
+from benchmarks.trees import dts_frontier, dts_overhead, peptune_overhead
 from benchmarks.workload import SIZES, Size
 
 BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
@@ -48,8 +49,10 @@ BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
     "update_prdp": prdp_overhead,
     "update_dragon": dragon_overhead,
     "fk_steering": fk_overhead,
+    "find": find_overhead,
     "dts": dts_overhead,
     "dts_frontier": dts_frontier,
+    "peptune": peptune_overhead,
     "noise": noise_cost,
     "sets_leave_one_out": leave_one_out,
     "sets_swaps": swaps,
@@ -59,9 +62,9 @@ GROUPS = {
     "updates": tuple(name for name in BENCHMARKS if name.startswith("update_")),
 }
 """One name for several benchmarks."""
-STUDIES = ("signal", "attribution", "memory", "ttsnap_replay")
+STUDIES = ("signal", "attribution", "memory", "nodes", "ttsnap_replay", "pareto")
 """No timing: how much of a policy gradient is signal, how much of an advantage the doing of its own step, what an
-iteration keeps, and pruned search over recorded rewards."""
+iteration keeps and what a tree, pruned search over recorded rewards, and how good the trade-offs of searches are."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +91,10 @@ def study(name: str, size: str, repeats: int, path: Path) -> None:
         console.print(signal.table(signal.run(signal.chosen(size), repeats, path)))
     elif name == "memory":
         console.print(memory.table(memory.run(size, path)))
+    elif name == "nodes":
+        console.print(nodes.table(nodes.run(size, path)))
+    elif name == "pareto":
+        console.print(pareto.table(pareto.run(size, repeats, path)))
     elif name == "attribution":
         console.print(attribution.table(attribution.run(attribution.chosen(size), repeats, path)))
     else:

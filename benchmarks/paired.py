@@ -161,8 +161,8 @@ def measure(subject: Subject, repeats: int) -> Report:
 
 
 def _pairs(subject: Subject, repeats: int) -> Pairs:
-    floor_peak = _peak_of(subject.run_floor)
-    program_peak = _peak_of(subject.run_program)
+    floor_peak = peak_of(subject.run_floor)
+    program_peak = peak_of(subject.run_program)
     for values in subject.phases.values():
         values.clear()  # the warm-up is not one of the repeats
     floor: list[Timing] = []
@@ -211,18 +211,32 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def _peak_of(work: Work) -> float:
+def peak_of(work: Work) -> float:
     """Highest resident memory of this process during ``work``, in MB; where it cannot be reset, since the beginning."""
     _settle()
     try:
         _CLEAR.write_text("5")  # sets the high-water mark back to the present value
     except OSError:
         work()
-        unit = 2**20 if platform.system() == "Darwin" else 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        return _highest_mb()
     work()
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return _status_mb("VmHWM")
+
+
+def resident_mb() -> float:
+    """Resident memory of this process now, in MB; where the system does not tell, its highest so far."""
+    _settle()
+    return _status_mb("VmRSS") if _STATUS.exists() else _highest_mb()
+
+
+def _status_mb(name: str) -> float:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
+
+
+def _highest_mb() -> float:
+    unit = 2**20 if platform.system() == "Darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def machine() -> dict[str, object]:

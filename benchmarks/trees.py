@@ -1,17 +1,33 @@
-"""Tree search: its overhead over the network calls it makes, what batching its frontier gains."""
+"""Tree search: its overhead over the network calls it makes, and what batching its frontier gains."""
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks.paired import Subject
 from benchmarks.workload import NetworkClock, Size, make_inputs, make_task, shapes_of
 from difftilt.models.denoiser import denoiser
+from difftilt.models.masked_transformer import MaskedTransformer
+from difftilt.models.protocol import GenerativeModel
+from difftilt.process.grid import uniform_grid
+from difftilt.process.masked import MaskedProcess
+from difftilt.rewards.base import FunctionReward
+from difftilt.rewards.compose import WeightedSum
+from difftilt.rewards.protocol import Reward, Samples
+from difftilt.sampling.kernels import Unmasking
 from difftilt.sampling.noise import Noise
+from difftilt.sampling.protocol import Sampler
 from difftilt.steering.dts import DTS, DTSConfig
-from difftilt.steering.protocol import Steered
+from difftilt.steering.peptune import PepTune, PepTuneConfig
+from difftilt.steering.protocol import Steered, Steerer
+from difftilt.training.protocol import Task
 
 ROLLOUTS = 128
+SYMBOLS = 32
+"""Of the masked model; the longest state has as many tokens as the latents have patches."""
 
 
 def dts_overhead(size: Size) -> Subject:
@@ -20,36 +36,84 @@ def dts_overhead(size: Size) -> Subject:
     task, inputs = make_task(size), make_inputs(size)
     network = task.model.network
     assert isinstance(network, torch.nn.Module)
-    clock, inside, rows = NetworkClock(network), list[float](), list[int]()
     steerer = DTS(DTSConfig(rollouts=ROLLOUTS, batch=min(size.batch, 32)))
+    search = _Search(task, steerer, "3", lambda count: (inputs.x_t[:count], inputs.t[:count], inputs.label[:count]))
+    words = f"DTS of one prompt, {ROLLOUTS} rollouts of {size.steps} steps, {steerer.config.batch} under way"
+    return search.subject("dts", words, shapes_of(size, network))
 
-    def program() -> Steered:
-        clock.read()
-        outcome = steerer.steer(task, denoiser(task.model), task.reward, ["3"], Noise(0))
-        inside.append(clock.read())
-        return outcome
 
-    handle = network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
-    outcome = program()
-    handle.remove()
-    assert sum(rows) == outcome.ledger.nfe
-
-    def floor() -> None:
-        with torch.no_grad():
-            for count in rows:
-                network(inputs.x_t[:count], inputs.t[:count], inputs.label[:count])
-
-    return Subject(
-        name="dts",
-        bound=1.10,
-        program=f"DTS of one prompt, {ROLLOUTS} rollouts of {size.steps} steps, {steerer.config.batch} under way",
-        floor=f"{len(rows)} forwards of the same network with the same numbers of rows, without gradient",
-        run_program=program,
-        run_floor=floor,
-        shapes=shapes_of(size, network),
-        extra={"nfe": outcome.ledger.nfe, "network_calls": len(rows), "reward_calls": outcome.ledger.reward_calls},
-        phases={"network": inside},
+def peptune_overhead(size: Size) -> Subject:
+    """PepTune of one prompt with three objectives, against bare forwards of the very batches that it makes."""
+    length, children = size.latent[1] * size.latent[2] // size.patch**2, min(size.batch, 32)
+    network = MaskedTransformer(SYMBOLS, length, width=size.width, depth=size.depth)
+    shares: dict[str, Reward] = {str(one): FunctionReward(str(one), partial(_share, one)) for one in range(3)}
+    model = GenerativeModel(
+        network, MaskedProcess(SYMBOLS), "logits", (length,), lambda p: None, lambda x: x, dtype_tokens=True
     )
+    sampler = Sampler(uniform_grid(10), Unmasking())
+    task = Task("tokens", model, WeightedSum(shares, dict.fromkeys(shares, 1.0)), ("",), ("",), sampler)
+    steerer = PepTune(PepTuneConfig(iterations=8, children=children))
+    state, t = torch.full((children, length), SYMBOLS), torch.full((children,), 0.5)
+    search = _Search(task, steerer, "", lambda count: (state[:count], t[:count]))
+    words = f"PepTune of one prompt, 8 iterations of {children} children, 10 steps, 3 objectives"
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    shapes = {"tokens": length, "vocab": SYMBOLS, "width": size.width, "depth": size.depth, "parameters": parameters}
+    return search.subject("peptune", words, shapes)
+
+
+def _share(symbol: int, samples: Samples) -> Tensor:
+    return (samples.media == symbol).float().mean(1)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A search with one prompt, and what the network is called with where nothing is searched.
+
+    Attributes:
+        inputs: rows -> arguments of the network.
+    """
+
+    task: Task
+    steerer: Steerer
+    prompt: str
+    inputs: Callable[[int], tuple[Tensor, ...]]
+
+    def steered(self) -> Steered:
+        model = denoiser(self.task.model)
+        return self.steerer.steer(self.task, model, self.task.reward, [self.prompt], Noise(0))
+
+    def subject(self, name: str, words: str, shapes: Mapping[str, object]) -> Subject:
+        """The search against forwards with the same numbers of rows."""
+        network, rows, inside = self.task.model.network, list[int](), list[float]()
+        assert isinstance(network, torch.nn.Module)
+        clock = NetworkClock(network)
+        handle = network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+        spent = self.steered().ledger
+        handle.remove()
+        assert sum(rows) == spent.nfe
+
+        def program() -> Steered:
+            clock.read()
+            outcome = self.steered()
+            inside.append(clock.read())
+            return outcome
+
+        def floor() -> None:
+            with torch.no_grad():
+                for count in rows:
+                    network(*self.inputs(count))
+
+        return Subject(
+            name=name,
+            bound=1.10,
+            program=words,
+            floor=f"{len(rows)} forwards of the same network with the same numbers of rows, without gradient",
+            run_program=program,
+            run_floor=floor,
+            shapes=shapes,
+            extra={"nfe": spent.nfe, "network_calls": len(rows), "reward_calls": spent.reward_calls},
+            phases={"network": inside},
+        )
 
 
 def dts_frontier(size: Size) -> Subject:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,10 @@ NAMES = (
     "completion",
     *UPDATES,
     "fk_steering",
+    "find",
     "dts",
     "dts_frontier",
+    "peptune",
     "noise",
     "sets_leave_one_out",
     "sets_swaps",
@@ -63,8 +66,8 @@ def test_every_benchmark_writes_its_result(tmp_path: Path, capsys: pytest.Captur
         assert result["shapes"]
     assert [results[name]["bound"] for name in NAMES] == [
         *(1.05, 1.15, None, 1.15),
-        *[1.10] * 8,
-        *(None, None, None, None),
+        *[1.10] * 9,
+        *(None, 1.10, None, None, None),
     ]
     assert results["rollout"]["seconds"].keys() >= {"rollout"}
     for name in UPDATES:
@@ -218,3 +221,28 @@ def test_the_replay_counts_both_ways_and_never_beats_its_record(tmp_path: Path) 
     for replay in stored["replays"]:
         assert replay["candidates"]["best-of-n"] == [2, 5, 8]
         assert set(replay["increase"]) == {"plain", "noise-aware"}
+
+
+@pytest.mark.long
+def test_the_study_of_trade_offs_spends_no_more_calls_than_allowed(tmp_path: Path) -> None:
+    pareto = importlib.import_module("benchmarks.pareto")
+    rows = pareto.run("tiny", 1, tmp_path / "pareto.json")
+    methods = ["peptune", "independent samples", "svdd, each objective alone", "svdd, their sum"]
+    methods.append("svdd, their sum, all it scored")
+    assert [(row.testbed, row.method) for row in rows] == [*product(("molecules", "peptides"), methods)]
+    assert all(0 < row.reward_calls <= pareto.CALLS["tiny"] for row in rows)
+    assert len(json.loads((tmp_path / "pareto.json").read_text())) == 10
+    assert len(pareto.table(rows).rows) == 10
+
+
+@pytest.mark.long
+def test_the_study_of_nodes_grows_trees_of_the_size_it_names(tmp_path: Path) -> None:
+    nodes = importlib.import_module("benchmarks.nodes")
+    rows = nodes.run("tiny", tmp_path / "nodes.json")
+    assert [(row.store, row.predictions) for row in rows] == list(nodes.SETTINGS)
+    assert all(row.nodes >= nodes.NODES["tiny"] for row in rows)
+    half, bare, full = (row.stores for row in rows)
+    assert bare < half
+    # blocks of rows are as many in both, and of half the bytes
+    assert 2 * half == full
+    assert len(json.loads((tmp_path / "nodes.json").read_text())) == 3

@@ -303,6 +303,19 @@ def test_resume_leaves_out_what_is_done_and_ends_in_an_equal_result(
     assert steady(read_json(ArenaResult, output / "result.json")) == steady(result)
 
 
+def test_members_and_seeds_that_are_added_at_the_end_are_all_that_is_run(tmp_path: Path) -> None:
+    output, told = tmp_path / "run", list[str]()
+    compare_arena(values(only("base"), seeds=[0]), output)
+    more = compare_arena(values(only("base", "best"), seeds=[0, 1]), output, resume=True, tell=told.append)
+    assert [text for text in told if "done before" in text] == ["base, seed 0: done before"]
+    assert [(run.member, run.seed) for run in more.runs] == [("base", 0), ("best", 0), ("base", 1), ("best", 1)]
+    assert steady(more) == steady(compare_arena(values(only("base", "best"), seeds=[0, 1]), tmp_path / "at once"))
+    with pytest.raises(UserError, match=r"members\.best"):
+        compare_arena(values(only("base"), seeds=[0, 1]), output, resume=True)
+    with pytest.raises(UserError, match="resume with the same values"):
+        compare_arena(values(only("best", "base"), seeds=[0, 1]), output, resume=True)
+
+
 def test_a_damaged_or_foreign_record_is_named(finished: tuple[Path, ArenaResult], tmp_path: Path) -> None:
     output = tmp_path / "run"
     compare_arena(values(only("base")), output)

@@ -24,6 +24,7 @@ from difftilt.recipes.steered import SteerResult
 from difftilt.sampling.protocol import Sampler
 from difftilt.steering.budget import Budget
 from difftilt.steering.protocol import Anytime, Progress, Steerer
+from difftilt.training.logs import told_if_full
 from difftilt.training.loop import Hook, TrainResult, train_task
 from difftilt.training.offline import Manifest
 from difftilt.training.protocol import Method
@@ -204,7 +205,8 @@ def collect(
         settings: the same by keyword, e.g. ``seed``.
     """
     typed = _typed(recipe, overrides, settings)
-    return collect_groups(typed, Path(output), groups, group_size, resume=resume, tell=progress or _silent)
+    with told_if_full(Path(output), "then go on with --resume"):
+        return collect_groups(typed, Path(output), groups, group_size, resume=resume, tell=progress or _silent)
 
 
 def evaluate(
@@ -271,7 +273,8 @@ def compare(
         UserError: for everything that is wrong before any work is done, budgets that a member cannot meet included.
     """
     chosen = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
-    return compare_arena(recipe, Path(output), chosen, resume=resume, tell=progress or _silent)
+    with told_if_full(Path(output), "then go on with --resume"):
+        return compare_arena(recipe, Path(output), chosen, resume=resume, tell=progress or _silent)
 
 
 def _silent(text: str) -> None:

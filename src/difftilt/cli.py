@@ -191,7 +191,7 @@ def compare(
     recipe: RecipeName,
     output: Annotated[Path, typer.Option(help="Directory; must be new or empty unless --resume is given.")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Leave out what is done.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out what is done; members may be added.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

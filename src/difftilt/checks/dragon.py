@@ -13,7 +13,8 @@ from torch.nn import functional
 from difftilt.checks.proof import Proof
 from difftilt.checks.trial import trained
 from difftilt.methods.forward_process.dragon import Config, Dragon
-from difftilt.rewards import FrechetReward, ReferenceSet
+from difftilt.rewards import FrechetReward, ReferenceSet, as_reward, win_rate
+from difftilt.rewards.protocol import Samples
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.statistics import mode_shares, vendi_score
@@ -86,6 +87,16 @@ def base() -> Float[Tensor, "count dim"]:
     return Mixtures(WIDE).mixture.sample(noise).double()
 
 
+def wins(ours: Float[Tensor, "count dim"], theirs: Float[Tensor, "count dim"], of: Literal["set", "instance"]) -> float:
+    """Win rate on the distance to what is wanted, of 200 bootstrap sets, or on that to its centre, row against row."""
+    centre = torch.tensor(CENTRE)
+    near = as_reward(lambda samples: -(samples.media - centre).square().sum(1).float(), name="near")
+    reward = near if of == "instance" else closeness(centre, WIDE.reference_std)
+    none = [""] * COUNT
+    first, second = (Samples(x, none, none, torch.zeros(COUNT, dtype=torch.int64)) for x in (ours, theirs))
+    return win_rate(reward, first, second, Noise(7))
+
+
 @dataclass(frozen=True)
 class Variety:
     """Samples of the ring: Vendi score of the membership, share on a mode, and modes with more than 5 %."""
@@ -153,6 +164,13 @@ PROOFS = (
     _proof("instance reward: trace, kto: the spread has collapsed", lambda: trace(tuned("instance")), most=0.2),
     _proof("instance reward: distance, dpo", lambda: distance(tuned("instance", "dpo")), least=0.1),
     _proof("instance reward: trace, dpo", lambda: trace(tuned("instance", "dpo")), most=0.2),
+    _proof("win rate over the base on the reward of a set, kto", lambda: wins(tuned("set"), base(), "set"), least=0.95),
+    _proof("and over what the instance reward made", lambda: wins(tuned("set"), tuned("instance"), "set"), least=0.95),
+    _proof(
+        "which wins on the instance reward, sample against sample of the base",
+        lambda: wins(tuned("instance"), base(), "instance"),
+        least=0.9,
+    ),
     _proof(
         "control: fine-tuning on D+ alone gets there as well, so D- is not needed in two dimensions: distance",
         lambda: distance(tuned("imitation")),

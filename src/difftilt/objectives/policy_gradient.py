@@ -31,17 +31,22 @@ class Surrogate:
     clipped: Bool[Tensor, " rows"]
 
 
-def surrogate_of_ratio(log_ratio: Rows, advantage: Rows, clip_range: float | Rows) -> Surrogate:
+def surrogate_of_ratio(
+    log_ratio: Rows, advantage: Rows, clip_range: float | Rows, pessimistic: bool = True
+) -> Surrogate:
     """max(-A·ratio, -A·clip(ratio, 1 - clip, 1 + clip)) with ratio = exp(log_ratio) (Schulman et al. 2017, eq. 7).
 
     Args:
         log_ratio: log of new over old probability, or what stands for it (:func:`guard_log_ratio`).
         advantage: of each row, constant.
         clip_range: half-width of the trusted interval about 1, one for all or one per row.
+        pessimistic: False leaves the first term out: outside the interval there is then no gradient in any direction.
     """
     ratio = at_least_float32(log_ratio).exp()
     clip = torch.as_tensor(clip_range).to(ratio)
-    value = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+    value = -advantage * ratio.clamp(1 - clip, 1 + clip)
+    if pessimistic:
+        value = torch.maximum(-advantage * ratio, value)
     outside = (ratio.detach() - 1).abs() > clip
     return Surrogate(value, ratio.detach(), outside)
 

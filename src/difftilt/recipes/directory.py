@@ -9,7 +9,7 @@ from typing import Any, cast
 from difftilt.errors import UserError
 from difftilt.recipes.schema import Recipe, load_recipe
 from difftilt.training.checkpoint import newest_checkpoint
-from difftilt.training.logs import write_text
+from difftilt.training.logs import told_if_full, write_text
 
 CONFIG = "config.yaml"
 """The resolved recipe of the run."""
@@ -60,7 +60,8 @@ def run_directory(output: Path, recipe: Recipe, *, resume: bool, writes: bool) -
     try:
         if writes and not resume:
             _begin(output, recipe)
-        yield
+        with told_if_full(output, "then go on with --resume from the newest checkpoint, or begin anew without one"):
+            yield
         ended = True
     finally:
         if ended and writes and resume:

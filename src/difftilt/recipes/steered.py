@@ -18,6 +18,7 @@ from difftilt.models.ledger import Ledger
 from difftilt.rewards.protocol import Samples
 from difftilt.rewards.scoring import evaluate
 from difftilt.steering.protocol import Steered
+from difftilt.training.logs import told_if_full
 from difftilt.training.looks import Look, look_at
 from difftilt.training.pictures import save_look
 from difftilt.training.protocol import Task
@@ -27,6 +28,9 @@ STEERED = 24
 
 PARTICLES = 16
 """Particles of one prompt that are shown, those of the largest weight."""
+
+COMPONENT = "components/"
+"""What stands before the name of a further score of each particle, among the tensors that are kept."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,9 @@ def staged(output: Path) -> Generator[Path, None, None]:
     staging = output.with_name(f".{output.name}.{os.getpid()}")
     staging.mkdir(parents=True)
     try:
-        yield staging
-        staging.replace(output)
+        with told_if_full(output, "or name another directory"):
+            yield staging
+            staging.replace(output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -137,5 +142,8 @@ def _rows(steered: Steered, prompts: Sequence[str]) -> list[dict[str, Any]]:
 
 def _tensors(steered: Steered) -> dict[str, Tensor]:
     names = ("x_0", "media", "group", "weight", "rewards", "best", "log_z", "ess", "ancestors")
+    found: dict[str, Tensor] = {name: getattr(steered, name) for name in names}
+    found |= {f"{COMPONENT}{name}": scores for name, scores in steered.components.items()}
+    found |= {f"history/{name}": values for name, values in steered.history.items()}
     # own storage: safetensors refuses tensors that share memory, as media may with x_0
-    return {name: getattr(steered, name).detach().cpu().contiguous().clone() for name in names}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}

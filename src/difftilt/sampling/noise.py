@@ -155,6 +155,22 @@ def copies(index: Int[Tensor, " rows"], count: int) -> tuple[Int[Tensor, " draws
     return again, index[again] * count + draw
 
 
+@dataclass(frozen=True)
+class Still:
+    """Noise that never varies: every normal is 0 and every uniform 1/2.
+
+    A Gaussian step then draws its mean, and a categorical one its most likely symbol at every position.
+    """
+
+    def normal(self, index: Tensor, shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0) -> Tensor:
+        """Zeros."""
+        return torch.zeros((len(index), *shape), device=index.device)
+
+    def uniform(self, index: Tensor, shape: tuple[int, ...], *, purpose: str, step: int | Tensor = 0) -> Tensor:
+        """Halves."""
+        return torch.full((len(index), *shape), 0.5, device=index.device)
+
+
 Siblings = Literal["correlated", "scaled"]
 """How siblings are told apart: by noise they partly share, or by independent noise of a larger scale."""
 

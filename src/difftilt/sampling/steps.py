@@ -28,6 +28,18 @@ def reduce_dims(x: Shaped[Tensor, "batch *shape"], reduce: Reduction, mask: Tens
     return total if reduce == "sum" else total / keep.sum(1)
 
 
+def log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """-(x - mean)²/(2 std²) - log std - log(2π)/2 of every element, in nats."""
+    return -(((x - mean) / std) ** 2) / 2 - std.log() - 0.5 * math.log(2 * math.pi)
+
+
+def divergence(mean: Tensor, std: Tensor, other_mean: Tensor, other_std: Tensor) -> Tensor:
+    """KL(N(mean, std²) || N(other_mean, other_std²)) of every element, in nats."""
+    ratio = (std / other_std) ** 2
+    gap = ((mean - other_mean) / other_std) ** 2
+    return (gap + ratio - 1 - ratio.log()) / 2
+
+
 @dataclass(frozen=True)
 class GaussianStep(Batched):
     """x_s ~ N(mean, std² I). Rows with std 0 draw their mean and have no density.
@@ -68,8 +80,7 @@ class GaussianStep(Batched):
             raise ValueError(
                 "a deterministic step has no density: make the step stochastic or leave it out of the loss"
             )
-        std = expand(self.std, self.mean)
-        elementwise = -(((x_s - self.mean) / std) ** 2) / 2 - std.log() - 0.5 * math.log(2 * math.pi)
+        elementwise = log_density(x_s, self.mean, expand(self.std, self.mean))
         if clamp is not None:
             elementwise = elementwise.clamp(*clamp)
         return reduce_dims(elementwise, reduce, mask)
@@ -83,9 +94,7 @@ class GaussianStep(Batched):
         if self.deterministic or other.deterministic:
             raise ValueError("a deterministic step has no density, hence no KL")
         own, theirs = expand(self.std, self.mean), expand(other.std, self.mean)
-        ratio = (own / theirs) ** 2
-        gap = ((self.mean - other.mean) / theirs) ** 2
-        return reduce_dims((gap + ratio - 1 - ratio.log()) / 2, reduce)
+        return reduce_dims(divergence(self.mean, own, other.mean, theirs), reduce)
 
     def shift(self, delta: Float[Tensor, "batch *shape"]) -> Self:
         """The step with its mean moved by ``delta``."""

@@ -4,6 +4,7 @@ Boltzmann selection gives way to an upper confidence bound. What comes out is a 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Int
@@ -67,9 +68,10 @@ class DTSStar:
         count = len(prompts)
         greedy = search.descend(UCT(0.0), torch.zeros(count, 1, search.forest.last + 1))
         leaves = torch.cat([torch.from_numpy(search.best)[:, None], greedy], 1)
-        return search.outcome(
+        outcome = search.outcome(
             leaves,
             torch.tensor([1.0, 0.0], dtype=torch.float64).expand(count, 2),
             log_z=torch.full((count,), torch.nan, dtype=torch.float64),  # of a search, no estimate of Z
             ess=torch.zeros(0, count, dtype=torch.float64),
         )
+        return replace(outcome, search=True)

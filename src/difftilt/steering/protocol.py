@@ -63,6 +63,7 @@ class Steered:
         components: further scores of each particle by name (the objectives of a Pareto search), (particles,).
         invalid: for each prompt how many scores were missing and counted as the worst; None where none could be.
         search: the weights name the best sample; they are not those of a law.
+        history: what a search tells of its rounds, by name, (rounds, prompts).
         complete: False if the call was ended early, by Ctrl-C or because its seconds were over.
     """
 
@@ -79,6 +80,7 @@ class Steered:
     components: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     invalid: Tensor | None = None
     search: bool = False
+    history: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     complete: bool = True
 
 

@@ -11,6 +11,7 @@ from difftilt.trees import leaves, take, tree_map
 
 T = TypeVar("T")
 Ids = NDArray[np.int64]
+Places = Tensor | slice
 
 BLOCK = 1024
 """Rows that are allocated at a time: a store that grew by doubling would need thrice its size while it is copied."""
@@ -19,7 +20,7 @@ BLOCK = 1024
 class NodeStore(Generic[T]):
     """Rows of a tree of tensors (``difftilt.trees``) by the number of a node; all rows have one structure.
 
-    Half precision is float16 for floating point numbers and int16 for whole ones. A float that came from it differs by
+    Half precision is float16 for floating point numbers and int32 for whole ones. A float that came from it differs by
     up to 1 part in 2048 from what was stored.
 
     Attributes:
@@ -40,8 +41,10 @@ class NodeStore(Generic[T]):
         if self._structure is None:
             self._structure = take(tree, torch.zeros(0, dtype=torch.int64))
             self._columns = [_Column(part, self.half) for part in parts]
-        rows = np.array([self._free.pop() if self._free else self._new() for _ in nodes], dtype=np.int64)
-        if len(nodes) and int(nodes.max()) >= len(self._row):
+        if not len(nodes):
+            return
+        rows = self._allocated(len(nodes))
+        if int(nodes.max()) >= len(self._row):
             longer = np.full(max(int(nodes.max()) + 1, 2 * len(self._row)), -1)
             longer[: len(self._row)] = self._row
             self._row = longer
@@ -73,9 +76,11 @@ class NodeStore(Generic[T]):
         """Nodes that are there."""
         return self._rows - len(self._free)
 
-    def _new(self) -> int:
-        self._rows += 1
-        return self._rows - 1
+    def _allocated(self, count: int) -> Ids:
+        """Rows that were dropped, then new ones."""
+        again = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        begin, self._rows = self._rows, self._rows + count - len(again)
+        return np.concatenate([np.array(again, dtype=np.int64), np.arange(begin, self._rows)])
 
 
 class _Column:
@@ -99,10 +104,14 @@ class _Column:
             data[chosen] = self.blocks[block][inside]
         return data.to(device, self.dtype)
 
-    def _parts(self, rows: Ids) -> list[tuple[int, Tensor, Tensor]]:
+    def _parts(self, rows: Ids) -> list[tuple[int, Places, Places]]:
         """Block, rows inside it, and which of the given rows they are."""
-        block = rows // BLOCK
-        inside = torch.from_numpy(rows % BLOCK)
+        if not len(rows):
+            return []
+        first, last = divmod(int(rows[0]), BLOCK), divmod(int(rows[-1]), BLOCK)
+        if first[0] == last[0] and bool((np.diff(rows) == 1).all()):  # as rows are that are new: a slice copies faster
+            return [(first[0], slice(first[1], last[1] + 1), slice(None))]
+        block, inside = rows // BLOCK, torch.from_numpy(rows % BLOCK)
         return [(int(one), inside[block == one], torch.from_numpy((block == one).nonzero()[0])) for one in set(block)]
 
 

@@ -251,9 +251,9 @@ class Forest:
 
     def close(self, nodes: Ids) -> None:
         """Leave nodes out of the selection, and every node above them whose children are all left out."""
-        for way in self.climb(nodes):
-            fresh = way if way is nodes else way[[bool(self.closed[self.children(node)].all()) for node in way]]
-            self.closed[fresh] = True
+        self.closed[nodes] = True
+        for way in self.climb(np.unique(self.parent[nodes])):
+            self.closed[way] = [bool(self.closed[self.children(node)].all()) for node in way.tolist()]
 
     def backup(self, nodes: Ids, statistic: Statistic) -> None:
         """Recompute the statistic of some nodes and of all above them from their children, deepest first."""

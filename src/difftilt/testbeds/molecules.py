@@ -1,7 +1,7 @@
-"""Molecules as SMILES: a small masked model of real ones, and what RDKit says of its samples.
+"""Molecules: a small masked model of real ones, and what RDKit says of its samples.
 
-The tilted law is not known; what is known of every sample is whether it is a molecule, and its properties. Needs the
-extra ``molecules``.
+The tilted law is not known; what is known of every sample is whether it is a molecule, and its properties. Its tokens
+are words of SELFIES, its text is SMILES. Needs the extra ``molecules``.
 """
 
 from collections.abc import Sequence
@@ -46,8 +46,8 @@ CHECKPOINT = Path(__file__).parent / "checkpoints" / "molecules"
 class Config(BaseConfig):
     """The sampler and the reward."""
 
-    steps: int = Field(default=40, ge=1)
-    """Of the sampler, equally spaced in t; a molecule has at most 40 tokens."""
+    steps: int = Field(default=16, ge=1)
+    """Of the sampler, equally spaced in t; a sequence has 12 tokens."""
     reward: Literal["qed", "logp", "sa", "weight", "rings", "valid"] = "qed"
     """Drug-likeness, nearness to a partition coefficient, ease of synthesis, nearness to a weight, number of rings, or
     whether there is a molecule at all; each in [0, 1], and 0 where there is none."""
@@ -68,7 +68,7 @@ class Molecules:
 
     def rewards(self) -> dict[str, Reward]:
         """Properties, validity, and what watches over them: ``novel``, and ``distinct``, which is of a set."""
-        return property_rewards(self.text, self.config.targets) | watching_rewards(self.text)
+        return property_rewards(self._read, self.config.targets) | watching_rewards(self._read)
 
     def task(self) -> Task:
         """A new copy of the pretrained model with its reward; all others are held out, ``valid`` always."""
@@ -98,29 +98,33 @@ class Molecules:
         )
 
     def text(self, media: Shaped[Tensor, "batch position ..."]) -> list[str]:
-        """SMILES as the model wrote them, whether they are molecules or not.
+        """Canonical SMILES; empty where there is no molecule.
 
         Raises:
             UserError: for relaxed tokens and for masks.
         """
-        return smiles_of(whole_tokens(media, len(self.words)), self.words)
+        return [one if (molecule := parse(one)) is None else molecule.smiles for one in self._read(media)]
 
     def valid(self, media: Int[Tensor, "batch position"]) -> Bool[Tensor, " batch"]:
-        """Which strings are molecules: RDKit reads them, and there is an atom in them."""
-        flags = [parse(smiles) is not None for smiles in self.text(media)]
+        """Which samples are molecules: RDKit reads them, and there is an atom in them."""
+        flags = [parse(smiles) is not None for smiles in self._read(media)]
         return torch.tensor(flags, dtype=torch.bool, device=media.device)
 
     def draw(self, media: Int[Tensor, "batch position"]) -> Float[Tensor, "batch 3 side side"]:
         """The molecules as chemists draw them; a red cross for what is none."""
-        return torch.stack([picture(smiles) for smiles in self.text(media)])
+        return torch.stack([picture(smiles) for smiles in self._read(media)])
 
     def features(self, media: Int[Tensor, "batch position"]) -> Float[Tensor, "batch bits"]:
         """Morgan fingerprints: a distance between features is the root of the number of differing bits."""
-        return fingerprints(self.text(media)).to(media.device)
+        return fingerprints(self._read(media)).to(media.device)
 
     def training_smiles(self) -> tuple[str, ...]:
         """The molecules that the model was trained on, as canonical SMILES."""
         return training_smiles()
+
+    def _read(self, media: Shaped[Tensor, "batch position ..."]) -> list[str]:
+        """SMILES as SELFIES writes them: equal molecules may differ, and none is read by RDKit twice."""
+        return smiles_of(whole_tokens(media, len(self.words)), self.words)
 
 
 def _network() -> MaskedTransformer:

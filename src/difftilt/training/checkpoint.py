@@ -43,18 +43,12 @@ def save_checkpoint(
     final = directory / f"step_{step}"
     temporary = directory / f".writing_{step}_{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for stem, group in tensors.items():
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()},
-            temporary / f"{stem}.safetensors",
-        )
-    (temporary / STATE).write_text(json.dumps(state, sort_keys=True))
-    hashes = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(json.dumps(hashes, indent=1))
-    for path in temporary.iterdir():
-        _flush(path)
-    _flush(temporary)
+    try:
+        _write(temporary, tensors, state)
+    except BaseException:
+        # what is half-written must not keep a full disk full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if final.exists():
         _remove(final)
     temporary.rename(final)
@@ -65,6 +59,22 @@ def save_checkpoint(
     _flush(directory)
     _tidy(directory, keep, final)
     return final
+
+
+def _write(directory: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """All files of a checkpoint, on the disk."""
+    directory.mkdir()
+    for stem, group in tensors.items():
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in group.items()},
+            directory / f"{stem}.safetensors",
+        )
+    (directory / STATE).write_text(json.dumps(state, sort_keys=True))
+    hashes = {path.name: _digest(path) for path in sorted(directory.iterdir())}
+    (directory / MANIFEST).write_text(json.dumps(hashes, indent=1))
+    for path in directory.iterdir():
+        _flush(path)
+    _flush(directory)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:

@@ -1,12 +1,44 @@
 """``metrics.jsonl``: one JSON object per iteration, appended line by line and cut back on resume."""
 
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from difftilt.errors import UserError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+"""Codes of the system that say that a disk takes no more: full, over a quota or a limit, read-only, broken."""
+
+
+@contextmanager
+def told_if_full(output: Path, remedy: str) -> Generator[None, None, None]:
+    """A disk that takes no more ends the work inside with one sentence.
+
+    Args:
+        output: what is written.
+        remedy: what keeps what was done, after ``make room``.
+
+    Raises:
+        UserError: for a full or read-only disk; other errors pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"{output} takes no more ({error.strerror}): make room, {remedy}") from error
+    except SafetensorError as error:
+        # the writer of safetensors has no codes, only "Error while serializing: I/O error: No space left on device"
+        why = str(error).removeprefix("Error while serializing: I/O error: ")
+        if why == str(error):
+            raise
+        raise UserError(f"{output} takes no more ({why}): make room, {remedy}") from error
 
 
 def write_text(path: Path, text: str) -> None:

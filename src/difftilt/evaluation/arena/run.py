@@ -52,7 +52,7 @@ def compare_arena(
         recipe: a path, a packaged name, or the values themselves.
         output: new directory, or with ``resume`` the one of the same arena.
         overrides: ``dotted.key=value``.
-        resume: go on where an arena was interrupted.
+        resume: go on where an arena was interrupted, or was whole and has got further members or seeds at the end.
         tell: of progress.
 
     Raises:
@@ -66,7 +66,7 @@ def compare_arena(
     task = stage.task(arena.members[0])
     heldout = _check_task(stage, task)
     plans = _plans(stage, done)
-    _begin(output, arena, resume)
+    _begin(output, arena)
     runs = [_run(stage, place, seed, plans, done, output, tell) for place, seed in _pairs(arena)]
     result = _result(arena, task, heldout, runs)
     write_text(output / "result.json", write_json(result))
@@ -162,17 +162,27 @@ def _check_output(output: Path, arena: Arena, resume: bool) -> None:
         return
     if not (output / CONFIG).exists():
         raise UserError(f"output {output} holds no arena to resume ({CONFIG} is missing): leave out --resume")
-    changed = differences(load_arena(output / CONFIG).resolved(), arena.resolved())
+    was = load_arena(output / CONFIG).resolved()
+    now = _begun(was, arena.resolved())
+    changed = differences(was, now)
+    if not changed and list(was["members"]) != list(now["members"]):
+        changed = {"members": (list(was["members"]), list(now["members"]))}
     if changed:
         lines = [f"  {key}: {was!r} there, {now!r} asked for" for key, (was, now) in changed.items()]
         raise UserError("\n".join([f"{output} was begun with another arena: resume with the same values", *lines]))
 
 
-def _begin(output: Path, arena: Arena, resume: bool) -> None:
+def _begun(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The values ``now`` without the members and seeds that ``was`` lacks at its ends: they alone are to be run."""
+    members = dict(list(now["members"].items())[: len(was["members"])])
+    seeds = now["arena"]["seeds"][: len(was["arena"]["seeds"])]
+    return {**now, "members": members, "arena": {**now["arena"], "seeds": seeds}}
+
+
+def _begin(output: Path, arena: Arena) -> None:
     try:
         (output / "members").mkdir(parents=True, exist_ok=True)
-        if not resume:
-            write_text(output / CONFIG, arena.to_yaml())
+        write_text(output / CONFIG, arena.to_yaml())
     except OSError as error:
         raise UserError(f"output {output} cannot be written ({error.strerror}): name another directory") from error
 

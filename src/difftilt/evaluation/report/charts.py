@@ -99,7 +99,7 @@ def scatter_chart(cloud: Cloud, limits: Sequence[float], number: int) -> str:
         limits: (left, right, bottom, top), the same for all plots to be compared.
         number: of the chart in the page.
     """
-    figure, axes = _figure(2.5, 2.3, 0.36, 0.25)
+    figure, axes = _figure(2.5, 2.3, 0.42, 0.25)
     points = cloud.points
     colour = _MUTED if cloud.run is None else _colour(cloud.run)
     if points.shape[1] == 1:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import cast
 
 import torch
@@ -17,12 +18,16 @@ from difftilt.evaluation.report.sounds import sound
 from difftilt.evaluation.report.sprites import Sprite, first_lines, sprite, token_lines
 from difftilt.recipes.parts import read_part
 from difftilt.recipes.steered import PARTICLES, STEERED, heaviest
+from difftilt.statistics.pareto import front
 from difftilt.training.looks import Look
 from difftilt.training.pictures import spectrograms
 from difftilt.training.protocol import Task
 
 SHOWN = 12
 """Prompts in view; the others are folded away."""
+
+PAIRS = 6
+"""Pairs of objectives that are drawn."""
 
 BEST = 80
 """CSS pixels of the side of a best image."""
@@ -201,7 +206,25 @@ def _steered(place: int, record: RunRecord, particles: Particles, number: int) -
     note = f"{count}, in order of weight." + (f" The first {PARTICLES} are shown." if counts.max() > PARTICLES else "")
     if len(particles.best) > STEERED:
         note += f" The first {STEERED} of {len(particles.best)} prompts are shown."
-    return Pictures([place], note, prompts[:SHOWN], prompts[SHOWN:])
+    plots = _fronts(place, particles, number)
+    if plots:
+        note += " Objectives by pairs, across · up; outlined is what no particle of its prompt beats in both."
+    return Pictures([place], note, prompts[:SHOWN], prompts[SHOWN:], plots)
+
+
+def _fronts(place: int, particles: Particles, number: int) -> list[Plot]:
+    """A scatter plot for each pair of further scores, with the front of the pair."""
+    plots: list[Plot] = []
+    for across, up in list(combinations(particles.scores, 2))[:PAIRS]:
+        pair = torch.stack([particles.scores[across], particles.scores[up]], 1)
+        known = pair.isfinite().all(1)
+        if not bool(known.any()):
+            continue
+        pair, group = pair[known], particles.group[known]
+        best = torch.cat([(mine := pair[group == prompt])[front(mine)] for prompt in group.unique()])
+        chart = scatter_chart(Cloud(place, pair, best), limits_of([pair]), number + len(plots))
+        plots.append(Plot(f"{across} · {up}", place, False, chart))
+    return plots
 
 
 def _unseen(record: RunRecord) -> frozenset[str]:

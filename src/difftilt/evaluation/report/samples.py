@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from difftilt.evaluation.report.tolerant import Damage, items, read_object, read_tensors, read_texts
+from difftilt.recipes.steered import COMPONENT
 from difftilt.training.looks import Look
 
 FASTEST = 768_000
@@ -66,6 +67,7 @@ class Particles:
         group: prompt of each particle.
         weight: of each particle, normalised within its prompt.
         best: for each prompt the row of the highest reward.
+        scores: further scores of each particle by name, those of a search for several objectives.
         look: strings and drawings, where the run kept them.
     """
 
@@ -73,6 +75,7 @@ class Particles:
     group: Int[Tensor, " rows"]
     weight: Float[Tensor, " rows"]
     best: Int[Tensor, " prompts"]
+    scores: Mapping[str, Float[Tensor, " rows"]] = field(default_factory=dict[str, Tensor])
     look: Look = field(default_factory=Look)
 
 
@@ -138,7 +141,13 @@ def read_particles(run: Path, damage: Damage) -> Particles | None:
     if not fitting or not _points_into(group, len(best)):
         damage.add(f"{path.name} is damaged (its tensors do not fit together)")
         return None
-    return Particles(media, group.long(), weight.double(), best.long(), _look(path, tensors, len(media), damage))
+    scores = {
+        name.removeprefix(COMPONENT): values.double()
+        for name, values in tensors.items()
+        if name.startswith(COMPONENT) and values.shape == group.shape and not values.is_complex()
+    }
+    look = _look(path, tensors, len(media), damage)
+    return Particles(media, group.long(), weight.double(), best.long(), scores, look)
 
 
 def prompts_of(summary: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
