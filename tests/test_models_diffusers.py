@@ -121,7 +121,7 @@ def test_flux_packs_is_told_its_guidance_and_shifts_its_times(told: bool) -> Non
 @pytest.mark.parametrize("by_token", [True, False])
 def test_wan_samples_videos_with_one_network_or_two(two: bool, by_token: bool) -> None:
     size = {"height": 16, "width": 32, "max_sequence_length": 12}
-    options = {"steps": 4, "guidance": 5.0, "frames": 5, **size}
+    options: dict[str, Any] = {"steps": 4, "guidance": 5.0, "frames": 5, **size}
     call = {"num_inference_steps": 4, "guidance_scale": 5.0, "num_frames": 5, **size}
     pipe = wan(two, by_token)
     sampled = both(pipe, options, call, output="frames")
