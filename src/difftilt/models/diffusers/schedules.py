@@ -141,8 +141,8 @@ def _ddim(scheduler: Any, steps: int, sigmas: Sequence[float] | None, mu: float 
 def _euler(scheduler: Any, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Schedule:
     """Euler's rule in the coordinates x_0 + ratio·eps is the first-order rule of the variance-preserving process.
 
-    Between whole timesteps (spacing ``linspace``) the scheduler interpolates the ratio and the process log abar, which
-    differ by less than a thousandth of a timestep where the noise is large.
+    Between whole timesteps (spacing ``linspace``) the scheduler interpolates the ratio and the process log abar. On the
+    schedule of Stable Diffusion they are less than a thousandth of a timestep apart from timestep 100 on, 0.04 at most.
     """
     _refuse(
         scheduler,
