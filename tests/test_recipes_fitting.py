@@ -1,13 +1,16 @@
 """What a steerer learns is fitted by one command, kept whole or not at all, and used by another."""
 
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import difftilt as package
@@ -16,9 +19,12 @@ from difftilt.errors import UserError
 from difftilt.models.denoiser import denoiser
 from difftilt.recipes import load_recipe
 from difftilt.recipes.fitting import FITTED
-from difftilt.recipes.origin import PREFIX, SAMPLES, check_origin, origin_of
+from difftilt.recipes.origin import KEY, PREFIX, SAMPLES, check_origin, origin_of
 from difftilt.rewards import FunctionReward, WeightedSum
+from difftilt.sampling.kernels import DDIM
 from difftilt.sampling.noise import Noise
+from difftilt.sampling.solvers import EulerSolver, Heun
+from difftilt.steering.find import FIND, FINDConfig
 from difftilt.steering.svdd import SVDD, SVDDConfig
 from difftilt.steering.ttsnap import TTSnap, TTSnapConfig
 from difftilt.testbeds.mixtures import Config, Mixtures
@@ -33,6 +39,9 @@ LEARNED = [
     *("steerer.value=learned", "steerer.fit_samples=8", "steerer.fit_updates=2", "steerer.fit_batch=4"),
     *("testbed.steps=4", "steerer.particles=2", "steerer.children=2"),
 ]
+
+
+LAWS = ["testbed.steps=3", "steerer.iterations=2", "steerer.rollouts=2", "steerer.samples=2", "steerer.value_hidden=8"]
 
 
 @pytest.fixture
@@ -97,6 +106,63 @@ def test_a_fit_for_another_model_reward_or_temperature_is_refused(tmp_path: Path
     package.steer("mixtures/svdd", overrides=[*before, "steerer.children=3", kept])
     with pytest.raises(UserError, match=rf"^steering.fitted = .*fit was learned for {said}: fit the steerer again"):
         package.steer("mixtures/svdd", overrides=[*before, change, kept])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("testbed.steps=2", r"steps 3 \(here 2\)"),
+        ("testbed.shift=5.0", r"grid \w{8} \(here \w{8}\)"),
+        ("steerer.kl_weight=0.5", r"kl_weight 1 \(here 0\.5\)"),
+        ("steerer.reward_weight=3.0", r"reward_weight 1 \(here 3\)"),
+        ("steerer.penalty=quadratic", r"penalty exact \(here quadratic\)"),
+        ("testbed.centre=[0.0,1.0]", "a reward 'distance' that scores the same samples otherwise"),
+    ],
+)
+def test_laws_of_noise_belong_to_a_sampler_and_a_temperature(tmp_path: Path, change: str, said: str) -> None:
+    before = [*LAWS, "testbed.reward=distance", "testbed.centre=[2.0,0.0]"]
+    package.fit("mixtures/find", tmp_path / "fit", overrides=before)
+    kept = f"steering.fitted={tmp_path / 'fit'}"
+    package.steer("mixtures/find", overrides=[*before, "steerer.samples=3", "steerer.learning_rate=0.5", kept])
+    with pytest.raises(UserError, match=rf"^steering.fitted = .*fit was learned for {said}: fit the steerer again"):
+        package.steer("mixtures/find", overrides=[*before, change, kept])
+
+
+def test_a_solver_and_without_one_a_kernel_belong_to_laws_of_noise() -> None:
+    task, find = Mixtures(Config(steps=3)).task(), FIND(FINDConfig())
+
+    def having(**changes: Any) -> Task:
+        return replace(task, sampler=replace(task.sampler, **changes))
+
+    def said(one: Task) -> Mapping[str, float | str]:
+        return find.lesson(one, one.reward).settings
+
+    euler, drawn = having(solver=EulerSolver(), kernel=DDIM(0.0)), having(solver=None, kernel=DDIM(0.0))
+    assert said(euler) == said(having(solver=EulerSolver(), kernel=DDIM(1.0)))
+    found = origin_of(find, euler, denoiser(task.model), task.reward, [""], Noise(0))
+    with pytest.raises(UserError, match=r"solver EulerSolver\(\) \(here Heun\(\)\)"):
+        check_origin("x", found, find, having(solver=Heun(), kernel=DDIM(0.0)), task.reward)
+    found = origin_of(find, drawn, denoiser(task.model), task.reward, [""], Noise(0))
+    with pytest.raises(UserError, match=r"kernel DDIM\(eta=0\.0.* \(here DDIM\(eta=1\.0"):
+        check_origin("x", found, find, having(solver=None, kernel=DDIM(1.0)), task.reward)
+    assert said(drawn) != said(having(solver=None, kernel=DDIM(0.0), clean_end=not task.sampler.clean_end))
+
+
+@pytest.mark.parametrize("damage", ["text", "list", "names", "guidance", "rows", "scores"])
+def test_a_damaged_origin_is_refused(tmp_path: Path, damage: str) -> None:
+    package.fit("mixtures/find", tmp_path / "fit", overrides=LAWS)
+    file = tmp_path / "fit" / FITTED
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        plain = json.loads(opened.metadata()[KEY])
+    if damage in {"rows", "scores"}:
+        name = next(name for name in tensors if name.startswith(PREFIX + ("x_t" if damage == "rows" else "score/")))
+        tensors[name] = tensors[name][:-1].clone()
+    changed = {"list": [1, 2], "names": {**plain, "names": 3}, "guidance": {**plain, "guidance": "much"}}
+    text = "{" if damage == "text" else json.dumps(changed.get(damage, plain))
+    save_file(tensors, file, {KEY: text})
+    with pytest.raises(UserError, match=rf"{FITTED} cannot be read \(what it was .* damaged.*`difftilt train`$"):
+        package.steer("mixtures/find", overrides=[*LAWS, f"steering.fitted={tmp_path / 'fit'}"])
 
 
 def test_pruning_weights_belong_to_the_parts_of_a_sum(tmp_path: Path) -> None:

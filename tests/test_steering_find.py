@@ -1,3 +1,4 @@
+import json
 import math
 import signal
 from dataclasses import replace
@@ -144,6 +145,44 @@ def test_the_first_baseline_is_the_first_mean_reward_and_later_ones_are_older_th
         torch.testing.assert_close(told["baseline"], told["reward"])
         said.append(one.learn(one.draw(4), torch.zeros(2, 4) + jump)["baseline"])
     assert torch.equal(said[0], said[1])
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_baseline_begins_with_the_first_reward_of_its_prompt(rounds: int) -> None:
+    """Whatever the rounds without a reward: until then nothing is learned, and other prompts see nothing of it."""
+    both, alone = learner(2, kl_weight=0.0), learner(2, kl_weight=0.0)
+    for number in range(rounds + 2):
+        z = both.draw(4)
+        reward = 100 + z[:, :, 0, 0]
+        full = alone.learn(alone.draw(4), reward)
+        late = number < rounds
+        told = both.learn(z, reward.index_fill(0, torch.tensor([1]), torch.nan) if late else reward)
+        torch.testing.assert_close(told["baseline"][0], full["baseline"][0])
+        assert bool(told["baseline"][1].isnan()) == late
+        if late:
+            assert torch.equal(both.mean[1], torch.zeros(3, 2))
+        elif number == rounds:
+            torch.testing.assert_close(told["baseline"], torch.stack([full["baseline"][0], told["reward"][1]]))
+        else:
+            torch.testing.assert_close(told["baseline"][1], torch.tensor(100.0), rtol=0, atol=2)
+    torch.testing.assert_close(both.mean[0], alone.mean[0])
+
+
+@pytest.mark.parametrize("penalty", ["exact", "quadratic"])
+def test_penalty_and_density_are_reduced_alike(penalty: str) -> None:
+    """At the law that drew, the gradient of a sum is D times that of a mean: the temperature is the same."""
+    grads: list[Tensor] = []
+    for reduce in ("mean", "sum"):
+        one = learner(1, (8,), reduce=reduce, penalty=penalty, kl_weight=7.0)
+        with torch.no_grad():
+            one.mean.fill_(0.5)
+            one.std.fill_(0.8)
+        z = one.draw(4)
+        one.learn(z, z[:, :, 0])
+        assert one.mean.grad is not None
+        assert one.std.grad is not None
+        grads.append(torch.cat([one.mean.grad, one.std.grad]))
+    torch.testing.assert_close(grads[1], 8 * grads[0])
 
 
 def remembering(**settings: Any) -> Learner:
@@ -545,6 +584,44 @@ def test_missing_rewards_teach_nothing_and_are_counted() -> None:
     nothing = FunctionReward("nothing", lambda s: s.media[:, 0] * torch.nan, Capabilities(missing=True))
     with pytest.raises(RewardError, match="all 5 fresh samples"):
         steer(find(), replace(task, reward=nothing), [""])
+
+
+def test_fresh_samples_without_a_reward_have_no_weight() -> None:
+    def half(samples: Samples) -> Tensor:
+        return torch.where(samples.media[:, 0] > 0, samples.media[:, 0], torch.nan)
+
+    task = replace(ring(), reward=FunctionReward("half", half, Capabilities(missing=True)))
+    steered = steer(find(iterations=0, samples=20), task, ["", ""])
+    live = steered.rewards.isfinite().reshape(2, 20)
+    assert bool((live.any(1) & ~live.all(1)).all())
+    weight = steered.weight.reshape(2, 20)
+    assert torch.equal(weight, live.double() / live.sum(1, keepdim=True))
+
+
+def texts(value: object) -> Tensor:
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"std": torch.ones(2, 3)}, r"mean \(2, 2\) and std \(2, 3\) are not one row for each of 2 prompts"),
+        ({"prompts": texts(["a"])}, "one row for each of 1 prompts"),
+        ({"mean": torch.tensor([[0.0, torch.nan], [0.0, 0.0]])}, "must be finite, and std greater than 0"),
+        ({"std": torch.full((2, 2), torch.inf)}, "must be finite, and std greater than 0"),
+        ({"std": torch.tensor([[1.0, 0.0], [1.0, 1.0]])}, "must be finite, and std greater than 0"),
+        ({"prompts": texts(["a", "b"])[:-1]}, "its prompts cannot be read"),
+        ({"prompts": torch.tensor([255, 254], dtype=torch.uint8)}, "its prompts cannot be read"),
+        ({"prompts": texts({"a": 1, "b": 2})}, "its prompts cannot be read"),
+        ({"prompts": texts(["a", 2])}, "its prompts cannot be read"),
+        ({"prompts": torch.zeros(2)}, "its prompts cannot be read"),
+    ],
+)
+def test_damaged_laws_are_refused(changed: dict[str, Tensor], said: str) -> None:
+    state = {"mean": torch.zeros(2, 2), "std": torch.ones(2, 2), "prompts": texts(["a", "b"])}
+    find().load_state_dict(state)
+    with pytest.raises(UserError, match=rf"{said}.*; fit it again with `difftilt train`$"):
+        find().load_state_dict({**state, **changed})
 
 
 def test_what_a_user_can_get_wrong() -> None:

@@ -28,7 +28,7 @@ from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
 from difftilt.sampling.rollout import sample
 from difftilt.steering.find import FIND, FINDConfig
-from difftilt.steering.noise_laws import Learned
+from difftilt.steering.learned_noise import Learned
 from difftilt.steering.protocol import Steered
 from difftilt.testbeds.digits import Config as DigitsConfig
 from difftilt.testbeds.digits import Digits

@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -41,7 +41,8 @@ class SideBySide(nn.Module):
         return x[:, 0]
 
     @torch.no_grad()
-    def begin_at(self, level: Float[Tensor, " rows"]) -> None:
-        """Let every output be its ``level``: the last weights are zero."""
-        self.weights[-1].zero_()
-        self.biases[-1].copy_(level[:, None])
+    def begin_at(self, level: Float[Tensor, " rows"], rows: Bool[Tensor, " rows"] | None = None) -> None:
+        """Let the outputs of these rows (None: of all) be their ``level``: their last weights become zero."""
+        chosen = torch.ones_like(level, dtype=torch.bool) if rows is None else rows
+        self.weights[-1][chosen] = 0.0
+        self.biases[-1][chosen] = level[chosen, None]

@@ -103,8 +103,8 @@ def load_fitted(steerer: object, directory: Path, task: Task, reward: Reward) ->
         with safe_open(file, "pt") as opened:
             tensors = {name: cast(Tensor, opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
             origin = read_origin(tensors, opened.metadata())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read ({error}): fit the steerer again") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): fit the steerer again with `difftilt train`") from error
     if origin is None:
         raise UserError(f"{file} does not say what it was learned from: fit the steerer again with `difftilt train`")
     steerer.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(PREFIX)})

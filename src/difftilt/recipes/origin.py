@@ -8,6 +8,7 @@ fingerprint of the model (which sees no closed form) and the settings that the l
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,16 +82,16 @@ class Origin:
         return {KEY: json.dumps(plain)}
 
 
-def lesson_of(steerer: object, reward: Reward) -> Lesson:
+def lesson_of(steerer: object, task: Task, reward: Reward) -> Lesson:
     """What the steerer learns from this reward; of one that does not say, the reward itself."""
-    return steerer.lesson(reward) if isinstance(steerer, Learns) else Lesson({reward.name: reward})
+    return steerer.lesson(task, reward) if isinstance(steerer, Learns) else Lesson({reward.name: reward})
 
 
 def origin_of(
     steerer: object, task: Task, denoise: Denoiser, reward: Reward, prompts: Sequence[str], noise: NoiseSource
 ) -> Origin:
     """Draw the samples, and score them twice: a reward that does not repeat itself tells nothing. Both are counted."""
-    lesson = lesson_of(steerer, reward)
+    lesson = lesson_of(steerer, task, reward)
     device = device_of(task.model.network)
     texts, index = [prompts[row % len(prompts)] for row in range(SAMPLES)], torch.arange(SAMPLES, device=device)
     apart, seen = Apart(noise, "origin"), list[Moment]()
@@ -129,19 +130,35 @@ def _scores(
 
 
 def read_origin(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> Origin | None:
-    """Take it back from a file; None where the file has none."""
+    """Take it back from a file; None where the file has none.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     if metadata is None or KEY not in metadata or any(f"{PREFIX}{name}" not in tensors for name in STATES):
         return None
-    plain = json.loads(metadata[KEY])
     scores = f"{PREFIX}score/"
+    rewards = {name.removeprefix(scores): column for name, column in tensors.items() if name.startswith(scores)}
+    states = {name: tensors[f"{PREFIX}{name}"] for name in STATES}
+    try:
+        origin = _origin(json.loads(metadata[KEY]), rewards, states)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"what it was learned from is damaged: {error}") from error
+    rows = {leaf.shape[:1] for leaf in (*states.values(), *rewards.values())}
+    if rows != {(len(origin.prompts),)}:
+        raise ValueError("what it was learned from is damaged: its tensors have not one row for each sample")
+    return origin
+
+
+def _origin(plain: dict[str, Any], rewards: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> Origin:
     return Origin(
         str(plain["weights"]),
         float(plain["guidance"]),
-        tuple(plain["names"]),
-        plain["settings"],
-        tuple(plain["prompts"]),
-        rewards={name.removeprefix(scores): column for name, column in tensors.items() if name.startswith(scores)},
-        **{name: tensors[f"{PREFIX}{name}"] for name in STATES},
+        tuple(map(str, plain["names"])),
+        dict(plain["settings"]),
+        tuple(map(str, plain["prompts"])),
+        rewards=rewards,
+        **states,
     )
 
 
@@ -151,7 +168,7 @@ def check_origin(where: str, origin: Origin, steerer: object, task: Task, reward
     Raises:
         UserError: one sentence with all that differs and what to do.
     """
-    lesson, found = lesson_of(steerer, reward), list[str]()
+    lesson, found = lesson_of(steerer, task, reward), list[str]()
     if origin.guidance != task.sampler.guidance:
         found.append(f"guidance {origin.guidance:g} (here {task.sampler.guidance:g})")
     elif origin.weights != fingerprint(task.model.network) or not _predicts_so(origin, task):

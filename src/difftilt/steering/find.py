@@ -17,11 +17,14 @@ from difftilt.card import Card
 from difftilt.models.ledger import Ledger
 from difftilt.models.side_by_side import SideBySide
 from difftilt.objectives.policy_gradient import surrogate_of_ratio
+from difftilt.rewards.protocol import Reward
 from difftilt.sampling.diagonal import DiagonalGaussian, radius
 from difftilt.sampling.protocol import NoiseSource, Reduction
-from difftilt.steering.generator import Generator
+from difftilt.steering.generator import Generator, sampled_by
 from difftilt.steering.noise_laws import LearnsNoise, RoundsConfig
+from difftilt.steering.protocol import Lesson
 from difftilt.steering.replay import Draws
+from difftilt.training.protocol import Task
 from difftilt.trees import take
 
 CARD = Card(
@@ -40,7 +43,7 @@ class FINDConfig(RoundsConfig):
     reward_weight: float = Field(default=10.0, gt=0)
     """Of the surrogate of the reward."""
     kl_weight: float = Field(default=0.01, ge=0)
-    """Of the penalty, which is a mean over elements as the log-density is; with the exact one the temperature is
+    """Of the penalty, reduced over elements as the log-density is; with the exact one the temperature is therefore
     kl_weight / reward_weight."""
     penalty: Literal["quadratic", "exact"] = "quadratic"
     """mean² + (std - 1)², which lets std fall to 0, or the KL to N(0, I), which does not."""
@@ -53,7 +56,7 @@ class FINDConfig(RoundsConfig):
     reference: Literal["sampling", "prior"] = "sampling"
     """Density in the denominator of a ratio: the one that drew, or N(0, I), which makes the clip a trust region."""
     reduce: Reduction = "mean"
-    """Of the log-density over elements; ``sum`` is the density itself, whose ratios leave the interval at once."""
+    """Of log-density and penalty over elements; ratios of a ``sum``, the density itself, leave the interval at once."""
     policy_steps: int = Field(default=1, ge=1)
     """Updates of the policy in each iteration."""
     reused: int = Field(default=0, ge=0)
@@ -103,6 +106,7 @@ class Learner:
         # without weight decay AdamW is Adam: the penalty is a term of its own
         self.moves = torch.optim.Adam([self.mean, self.std], lr=config.learning_rate, fused=True)
         self.lessons = torch.optim.Adam(self.value.parameters(), lr=config.value_learning_rate, fused=True)
+        self.begun = torch.zeros_like(index, dtype=torch.bool)
         self.memory: Draws | None = None
         self.iteration = 0
 
@@ -151,13 +155,15 @@ class Learner:
     def _calibrate(self, draws: Draws) -> Float[Tensor, " prompts"]:
         """V(mean, std, e), the expected reward as it was known before these draws, which V then learns from.
 
-        Taught first, V would follow the very draws that it judges.
+        Taught first, V would follow the very draws that it judges. It begins at the mean of the first rewards that its
+        prompt has; NaN before there is one.
         """
         reward = torch.where(draws.live, draws.reward, 0.0)
         if self.config.baseline == "none":
             return torch.zeros_like(reward[:, 0])
-        if self.iteration == 0:
-            self.value.begin_at(_mean(reward, draws.live))
+        live = draws.live.any(1)
+        self.value.begin_at(_mean(reward, draws.live), live & ~self.begun)
+        self.begun |= live
         state = torch.cat([self.mean.flatten(1), self.std.flatten(1), self.context], 1).detach()
         expected: list[Tensor] = []
         for _ in range(self.config.value_steps):
@@ -166,7 +172,7 @@ class Learner:
             _mean((expected[-1][:, None] - reward).square(), draws.live).sum().backward()
             self.lessons.step()
         self.ledger.auxiliary_calls += len(reward) * self.config.value_steps
-        return expected[0].detach()
+        return torch.where(self.begun, expected[0].detach(), torch.nan)
 
     def _improve(self, draws: Draws, baseline: Float[Tensor, " prompts"]) -> Float[Tensor, " prompts"]:
         """One step on -w·mean[A·clip(ratio)] + k·penalty, A = r - V; returns the share of draws that are clipped."""
@@ -179,7 +185,7 @@ class Learner:
         loss = config.reward_weight * _mean(surrogate.value.reshape(advantage.shape), draws.live)
         if self.iteration >= config.penalty_from:
             gap = policy.kl_to_prior if config.penalty == "exact" else policy.gap_to_prior
-            loss = loss + config.kl_weight * gap(reduce="mean")
+            loss = loss + config.kl_weight * gap(reduce=config.reduce)
         self.moves.zero_grad()
         loss.sum().backward()
         self._bound_gradient()
@@ -231,6 +237,12 @@ class FIND(LearnsNoise):
         """The policies of a call, at the prior."""
         shape, ledger = generator.task.model.shape, generator.denoise.ledger
         return Learner(self.config, shape, generator.index, generator.context(), generator.noise, ledger)
+
+    def lesson(self, task: Task, reward: Reward) -> Lesson:
+        """The reward, the sampler, which is part of the black box, and the weights that make the temperature."""
+        config = self.config
+        weights = {"reward_weight": config.reward_weight, "kl_weight": config.kl_weight, "penalty": config.penalty}
+        return Lesson({reward.name: reward}, sampled_by(task.sampler) | weights)
 
 
 def _mean(value: Float[Tensor, "prompts draws"], live: Bool[Tensor, "prompts draws"]) -> Float[Tensor, " prompts"]:

@@ -1,7 +1,8 @@
 """The generator as a black box: initial noise in, rewarded samples out."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cached_property
 
 import torch
@@ -16,7 +17,7 @@ from difftilt.process.gaussian import GaussianProcess
 from difftilt.process.protocol import Condition
 from difftilt.rewards.protocol import Reward, Samples
 from difftilt.sampling.noise import Apart, copies
-from difftilt.sampling.protocol import NoiseSource
+from difftilt.sampling.protocol import NoiseSource, Sampler
 from difftilt.sampling.rollout import sample
 from difftilt.steering.budget import price
 from difftilt.steering.particles import bind
@@ -82,6 +83,24 @@ class Generator:
 
 def _encoded(leaf: Tensor) -> bool:
     return leaf.is_floating_point() and leaf.dim() > 1
+
+
+def sampled_by(sampler: Sampler) -> dict[str, float | str]:
+    """What makes samples of noise, beside the model and its guidance, as numbers and texts that can be compared.
+
+    A kernel is left out where a solver takes its place. Times are compared to six digits.
+    """
+    times = " ".join(f"{time:.6f}" for time in sampler.grid.flatten().tolist())
+    grid = hashlib.sha256(times.encode()).hexdigest()[:8]
+    rule: dict[str, float | str] = {"solver": _named(sampler.solver)}
+    if sampler.solver is None:
+        rule |= {"kernel": _named(sampler.kernel), "clean_end": float(sampler.clean_end)}
+    return {"steps": float(sampler.grid.shape[-1] - 1), "grid": grid, **rule}
+
+
+def _named(part: object) -> str:
+    """Class and settings, without the place in memory that plain classes print."""
+    return repr(part) if part is None or is_dataclass(part) else type(part).__qualname__
 
 
 def generator_of(

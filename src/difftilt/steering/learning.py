@@ -139,7 +139,7 @@ class LearnsValue:
         metrics = {"loss": sum(last) / len(last), "samples": len(states.t) / len(found)}
         return metrics | {f"correlation t={t:.3g}": value for t, value in found.items()}
 
-    def lesson(self, reward: Reward) -> Lesson:
+    def lesson(self, task: Task, reward: Reward) -> Lesson:
         """The reward, what is regressed and, where that is a soft value, its temperature."""
         kind = self.settings.regression
         own: dict[str, float | str] = {"regression": kind}

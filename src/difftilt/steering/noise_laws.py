@@ -3,10 +3,9 @@
 What makes samples of the noise is a black box; how a law learns is the steerer's own.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -23,9 +22,10 @@ from difftilt.sampling.diagonal import DiagonalGaussian, radius
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.steering.budget import Meter, metered, spend
 from difftilt.steering.generator import Generator, generator_of
+from difftilt.steering.learned_noise import Learned
 from difftilt.steering.protocol import Progress, Steered
 from difftilt.training.protocol import Task
-from difftilt.trees import take, to_device, tree_map
+from difftilt.trees import to_device, tree_map
 
 
 class RoundsConfig(Config):
@@ -56,61 +56,6 @@ class NoiseLearner(Protocol):
     ) -> dict[str, Float[Tensor, " prompts"]]:
         """One iteration on what was drawn last; a reward that is missing is NaN. Returns metrics of each prompt."""
         ...
-
-
-@dataclass(frozen=True)
-class Learned:
-    """What was learned: the artefact.
-
-    Attributes:
-        prompts: whose laws they are.
-        policy: of the initial noise of each, unscaled: the prior is N(0, I).
-        history: name -> (iterations, prompts), the learner's metrics; ``reward`` is the mean of an iteration's samples.
-    """
-
-    prompts: tuple[str, ...]
-    policy: DiagonalGaussian
-    history: dict[str, Tensor]
-
-    def law(self, prompts: Sequence[str], shape: tuple[int, ...]) -> DiagonalGaussian:
-        """The laws of these prompts for a model of this shape; repeated prompts take turns among equal ones.
-
-        Raises:
-            UserError: for a prompt that nothing was learned of, or another shape.
-        """
-        found: list[int] = []
-        for place, prompt in enumerate(prompts):
-            mine = [row for row, known in enumerate(self.prompts) if known == prompt]
-            if not mine:
-                raise UserError(
-                    f"no noise was learned for the prompt {prompt!r}: name it in steering.prompts of `difftilt train`, "
-                    "or steer without a fit"
-                )
-            found.append(mine[prompts[:place].count(prompt) % len(mine)])
-        own = tuple(self.policy.mean.shape[1:])
-        if own != shape:
-            raise UserError(f"the noise was fitted for the shape {own}, and this model has {shape}: fit it again")
-        return take(self.policy, torch.tensor(found))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """As tensors; texts are their bytes."""
-        text = torch.tensor(list(json.dumps(self.prompts).encode()), dtype=torch.uint8)
-        history = {f"history/{name}": column for name, column in self.history.items()}
-        return {"mean": self.policy.mean, "std": self.policy.std, "prompts": text, **history}
-
-    @staticmethod
-    def of_state(state: Mapping[str, Tensor]) -> "Learned":
-        """From the tensors.
-
-        Raises:
-            UserError: if these are no laws of noise.
-        """
-        absent = [name for name in ("mean", "std", "prompts") if name not in state]
-        if absent:
-            raise UserError(f"this is no fitted noise: {', '.join(absent)} is missing")
-        prompts = tuple(json.loads(bytes(state["prompts"].cpu().tolist()).decode()))
-        history = {name.removeprefix("history/"): leaf for name, leaf in state.items() if name.startswith("history/")}
-        return Learned(prompts, DiagonalGaussian(state["mean"], state["std"]), history)
 
 
 class LearnsNoise(ABC):
@@ -209,7 +154,7 @@ class LearnsNoise(ABC):
         return Learned(tuple(generator.reward.prompts), policy, history), missing, complete
 
     def _fresh(self, generator: Generator, law: DiagonalGaussian) -> Steered:
-        """Samples of the laws, all of one weight."""
+        """Samples of the laws, of one weight each; those without a reward have none."""
         size, prompts = self.rounds.samples, generator.reward.prompts
         z = law.draws(generator.index, size, generator.noise, "fresh")
         x_0, samples, rewards = generator(z, "fresh")
@@ -221,7 +166,7 @@ class LearnsNoise(ABC):
             x_0=x_0,
             media=samples.media,
             group=samples.group,
-            weight=torch.full_like(known.flatten(), 1 / size),
+            weight=(~rewards.isnan()).double().div(size - missing[:, None]).flatten(),
             rewards=rewards.flatten(),
             best=known.argmax(1) + torch.arange(count, device=known.device) * size,
             log_z=known.new_full((count,), torch.nan),

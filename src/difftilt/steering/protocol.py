@@ -197,8 +197,8 @@ class Lesson:
 class Learns(Protocol):
     """A fitted steerer that says what its learned part belongs to; of others the reward and the model are known."""
 
-    def lesson(self, reward: Reward) -> Lesson:
-        """What it learns where it is fitted to this reward."""
+    def lesson(self, task: Task, reward: Reward) -> Lesson:
+        """What it learns where it is fitted to this reward with the sampler of this task."""
         ...
 
 

@@ -175,7 +175,7 @@ class TTSnap:
         self.learned, metrics = distillation.fit(at, noise, progress or _silent)
         return metrics
 
-    def lesson(self, reward: Reward) -> Lesson:
+    def lesson(self, task: Task, reward: Reward) -> Lesson:
         """The terms, one by one, and whose trajectories they were learned on."""
         terms = terms_of(parts_masked(reward), self.config.fusion == "ranks")
         return Lesson({name: term.reward for name, term in terms.items()}, {"kernel": self.config.kernel})
