@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,10 +36,12 @@ from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
 from difftilt.sampling.rollout import sample, start_state
 from difftilt.statistics.pareto import front
+from difftilt.steering.archive import told
 from difftilt.steering.budget import Budget, metered
 from difftilt.steering.peptune import ParetoSearch, PepTune, PepTuneConfig
 from difftilt.steering.protocol import Steered
 from difftilt.steering.tree import Forest, ParetoFront
+from difftilt.tables import steer_report
 from difftilt.testbeds.mixtures import Mixtures
 from difftilt.training.protocol import Task
 
@@ -386,8 +389,75 @@ def test_invalid_and_missing_sequences_are_counted_and_never_chosen() -> None:
     assert bool(valid(steered.x_0).all())
     assert steered.invalid is not None
     never = replace(task, valid=lambda media: torch.zeros(len(media), dtype=torch.bool))
-    with pytest.raises(RewardError, match="all 32 sequences of prompt 'p' are invalid"):
+    with pytest.raises(
+        RewardError, match=r"none of the 32 sequences of prompt 'p' has all scores \(32 are invalid, 0 v"
+    ):
         steer(peptune(), never, ["p"])
+    nothing = {
+        **task.reward.rewards,
+        "zeros": FunctionReward("zeros", lambda s: torch.full((len(s.media),), torch.nan)),
+    }
+    lost = replace(task, reward=Masked(WeightedSum(nothing, task.reward.weights)), valid=lambda media: media[:, 0] == 0)
+    with pytest.raises(RewardError, match=r"none of the 32 sequences") as caught:
+        steer(peptune(), lost, ["p"])
+    drawn = search_of(lost)  # the same sequences, whatever is said about them
+    with torch.no_grad():
+        for _ in range(8):
+            drawn.advance()
+    archives = drawn.archives
+    assert 0 < int(archives.missing[0]) < int(archives.invalid[0]) == 32
+    counts = int(archives.invalid[0] - archives.missing[0]), int(archives.missing[0])
+    assert "{} are invalid, {} valid ones miss a score".format(*counts) in str(caught.value)
+
+
+def test_the_table_says_that_samples_were_invalid_or_had_no_score() -> None:
+    row = {"prompt": "p", "reward_best": 1.0, "reward_mean": 0.5, "log_z": None, "ancestors": [], "invalid": 185}
+    summary = {"prompts": [row], "best": {"reward": 1.0}, "ledger": {"nfe": 3}, "complete": True}
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(steer_report(summary))
+    assert "185 samples were invalid or had no score; they were never chosen" in shown.get()
+
+
+def test_samples_that_spell_the_same_are_one_member() -> None:
+    """Letter 2 ends a word; what stands behind it means nothing. All words of zeros are on the front, and no others."""
+    ended = small(length=4, letters=3)
+
+    def words(media: Tensor) -> list[str]:
+        return ["".join(map(str, one)).split("2")[0] for one in media.tolist()]
+
+    parts: dict[str, Reward] = {
+        "zeros": FunctionReward("zeros", lambda s: torch.tensor([float(one.count("0")) for one in words(s.media)])),
+        "short": FunctionReward("short", lambda s: torch.tensor([4.0 - len(one) for one in words(s.media)])),
+    }
+    reward = WeightedSum(parts, dict.fromkeys(parts, 1.0))
+    ended = replace(ended, reward=reward, valid=lambda media: media[:, 0] != 2, text=words)
+    steered = steer(peptune(iterations=60, children=16), ended, [""])
+    assert sorted(words(steered.x_0)) == ["0", "00", "000", "0000"]
+    by_tokens = steer(peptune(iterations=60, children=16), replace(ended, text=None), [""])
+    assert len(by_tokens.x_0) > 4
+    x = torch.tensor([[0, 1], [0, 2], [1, 1]])
+    assert told(x, ["", "", "a"]) == [(0, 1), (0, 2), "a"]
+
+
+def test_a_process_that_is_not_masked_is_refused_before_any_work() -> None:
+    task = Mixtures().task()
+    parts: dict[str, Reward] = {
+        name: FunctionReward(name, lambda s, place=place: s.media[:, place]) for place, name in enumerate("xy")
+    }
+    asked = list[str]()
+
+    def watched(prompts: Any) -> Any:
+        asked.append("encode")
+        return task.model.encode(prompts)
+
+    model = replace(task.model, encode=watched)
+    task = replace(task, model=model, reward=WeightedSum(parts, dict.fromkeys(parts, 1.0)))
+    network = denoiser(model)
+    with pytest.raises(UserError, match="peptune needs a masked process, which 'mixtures' does not offer"):
+        PepTune(PepTuneConfig(iterations=1, children=2)).steer(task, network, task.reward, [""], Noise(0))
+    assert network.ledger.nfe == 0
+    assert not asked
 
 
 def test_the_call_keeps_budgets_masks_what_is_missing_and_returns_what_an_interrupt_leaves() -> None:
@@ -440,9 +510,11 @@ def test_budgets_are_kept_and_what_is_done_comes_out() -> None:
 def test_what_a_user_can_get_wrong() -> None:
     with pytest.raises(ValidationError):
         peptune(invalid_penalty=-1.0)
-    for wrong in ({"begin_at": (0, 5)}, {"begin_at": (3, 5), "objectives": ("zeros", "ones")}):
-        with pytest.raises(UserError, match="begin_at"):
-            peptune(**wrong)
+    with pytest.raises(UserError, match=r"begin_at = \(0, 5\).*name the objectives as well"):
+        peptune(begin_at=(0, 5))
+    for begin_at in ((3, 5), (0, 5, 6)):
+        with pytest.raises(UserError, match="one iteration for each of objectives"):
+            peptune(begin_at=begin_at, objectives=("zeros", "ones"))
     with pytest.raises(UserError, match=r"no component 'zero'; did you mean zeros\?"):
         steer(peptune(objectives=("zero",)), toy(), [""])
     with pytest.raises(UserError, match="zeros is named twice"):

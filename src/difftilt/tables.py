@@ -110,7 +110,7 @@ def steer_report(summary: Mapping[str, Any]) -> RenderableType:
     best = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items())
     cost = ", ".join(f"{name} {count}" for name, count in summary["ledger"].items())
     invalid = sum(row["invalid"] or 0 for row in summary["prompts"])
-    more += [Text(f"{invalid} scores were missing; their samples were never chosen")] if invalid else []
+    more += [Text(f"{invalid} samples were invalid or had no score; they were never chosen")] if invalid else []
     more += [] if summary["complete"] else [Text("ended early: this is what the finished rounds found")]
     return Group(table, *more, Text(f"best sample of each prompt, mean: {best}"), Text(f"cost: {cost}"))
 

@@ -1,6 +1,6 @@
 """What a search for several objectives trades off, and the archive of the best trade-offs that it has seen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -18,6 +18,7 @@ from difftilt.rewards.scoring import score_components
 from difftilt.statistics.folds import segment_mean
 from difftilt.statistics.pareto import insert, pareto_rank
 from difftilt.steering.protocol import Steered
+from difftilt.training.protocol import Task
 from difftilt.values.estimates import LatentReward
 
 Scores = Float[Tensor, "rows components"]
@@ -78,10 +79,12 @@ class Archive:
     Attributes:
         x: members, in the order in which they came.
         scores: components of each, float64.
+        names: who each one is.
     """
 
     x: Int[Tensor, "members position"]
     scores: Float[Tensor, "members components"]
+    names: list[Hashable] = field(default_factory=list[Hashable])
 
     def add(
         self,
@@ -89,6 +92,7 @@ class Archive:
         scores: Scores,
         objectives: Int[Tensor, " objectives"],
         active: Int[Tensor, " active"],
+        names: Sequence[Hashable] | None = None,
     ) -> Float[Tensor, "rows objectives"]:
         """The Pareto ranks of each sample among the members that it meets; it then joins if none dominates it.
 
@@ -99,15 +103,24 @@ class Archive:
             scores: components of each.
             objectives: columns that have a rank.
             active: columns that dominance looks at, for the members as well.
+            names: who each sample is: equal ones are one sample, whatever their tokens. None is the tokens.
         """
+        names = told(x) if names is None else names
         ranks = scores.new_zeros(len(x), len(objectives))
         for row, (one, score) in enumerate(zip(x[:, None], scores[:, None], strict=True)):
             ranks[row] = pareto_rank(score[:, objectives], self.scores[:, objectives])[0]
-            if not bool((self.x == one).all(1).any()):
+            if names[row] not in self.names:
                 kept, entering = insert(self.scores[:, active], score[:, active])
+                self.names = [self.names[place] for place in kept.tolist()] + [names[row]] * len(entering)
                 self.x = torch.cat([self.x[kept], one[entering]])
                 self.scores = torch.cat([self.scores[kept], score[entering]])
         return ranks
+
+
+def told(x: Int[Tensor, "rows position"], text: Sequence[str] | None = None) -> list[Hashable]:
+    """Who each sample is: what its tokens spell, or the tokens themselves where there is no text or it is empty."""
+    tokens = [tuple(one) for one in x.tolist()]
+    return [*tokens] if text is None else [one or other for one, other in zip(text, tokens, strict=True)]
 
 
 @dataclass
@@ -118,26 +131,29 @@ class Archives:
         goals: the objectives.
         scorer: samples of latents, and the ledger.
         valid: media -> which samples mean anything, the others are not scored; None takes all.
+        text: media -> one string per sample; samples with equal ones are one member. None compares tokens.
         members: the archive of each prompt, on the CPU.
         invalid: sequences of each prompt that have no scores.
+        missing: those among them that are valid.
         history: size of the archive and share of the sequences with scores in every round, (2, prompts).
     """
 
     goals: Goals
     scorer: LatentReward
     valid: Callable[[Tensor], Tensor] | None
+    text: Callable[[Tensor], Sequence[str]] | None
     members: list[Archive]
     invalid: Int[Tensor, " prompts"]
+    missing: Int[Tensor, " prompts"]
     history: list[Float[Tensor, "two prompts"]] = field(default_factory=list[Tensor])
 
     @classmethod
-    def empty(cls, goals: Goals, scorer: LatentReward, valid: Callable[[Tensor], Tensor] | None, length: int) -> Self:
-        """For sequences of so many tokens."""
+    def empty(cls, goals: Goals, scorer: LatentReward, task: Task, length: int) -> Self:
+        """For sequences of so many tokens; the task says what is valid and what tokens spell."""
         x, scores = torch.zeros(0, length, dtype=torch.int64), torch.zeros(0, len(goals.names), dtype=torch.float64)
-        count = len(scorer.prompts)
-        return cls(
-            goals, scorer, valid, [Archive(x, scores) for _ in range(count)], torch.zeros(count, dtype=torch.int64)
-        )
+        members = [Archive(x, scores) for _ in scorer.prompts]
+        none = torch.zeros(len(members), dtype=torch.int64)
+        return cls(goals, scorer, task.valid, task.text, members, none, none)
 
     def add(
         self, x_0: Int[Tensor, "rows position"], root: Int[Tensor, " rows"], active: Int[Tensor, " active"]
@@ -150,23 +166,26 @@ class Archives:
             active: objectives that dominance looks at, by their place among the objectives.
         """
         samples = self.scorer.samples(x_0, root.to(x_0.device))
-        scored = torch.ones(len(x_0), dtype=torch.bool) if self.valid is None else self.valid(samples.media).cpu()
+        valid = torch.ones(len(x_0), dtype=torch.bool) if self.valid is None else self.valid(samples.media).cpu()
         scores = torch.full((len(x_0), len(self.goals.names)), torch.nan, dtype=torch.float64)
-        if bool(scored.any()):
-            judged = samples.take(scored.nonzero()[:, 0].to(x_0.device))
-            scores[scored] = self.goals.score(judged, self.scorer.ledger).cpu()
+        if bool(valid.any()):
+            judged = samples.take(valid.nonzero()[:, 0].to(x_0.device))
+            scores[valid] = self.goals.score(judged, self.scorer.ledger).cpu()
         scored = ~scores.isnan().any(1)
         objectives = self.goals.objectives
         ranks = torch.zeros(len(x_0), len(objectives), dtype=torch.float64)
         for prompt in root.unique().tolist():
             mine = (scored & (root == prompt)).nonzero()[:, 0]
-            ranks[mine] = self.members[prompt].add(x_0[mine].cpu(), scores[mine], objectives, objectives[active])
-        self._note(root, scored)
+            x, media = x_0[mine.to(x_0.device)].cpu(), samples.media[mine.to(samples.media.device)]
+            names = told(x, None if self.text is None else self.text(media))
+            ranks[mine] = self.members[prompt].add(x, scores[mine], objectives, objectives[active], names)
+        self._note(root, valid, scored)
         return ranks, scored
 
-    def _note(self, root: Int[Tensor, " rows"], scored: Bool[Tensor, " rows"]) -> None:
+    def _note(self, root: Int[Tensor, " rows"], valid: Bool[Tensor, " rows"], scored: Bool[Tensor, " rows"]) -> None:
         count = len(self.members)
-        self.invalid += torch.bincount(root[~scored], minlength=count)
+        self.invalid = self.invalid + torch.bincount(root[~scored], minlength=count)
+        self.missing = self.missing + torch.bincount(root[valid & ~scored], minlength=count)
         size = torch.tensor([float(len(archive.x)) for archive in self.members])
         # of a prompt that is not searched any more there is no share
         self.history.append(torch.stack([size, segment_mean(scored.float(), root, count)]))
@@ -180,9 +199,11 @@ class Archives:
         sizes = torch.tensor([len(archive.x) for archive in self.members])
         if not bool(sizes.all()):
             lost = int((sizes == 0).nonzero()[0])
+            every, missing = int(self.invalid[lost]), int(self.missing[lost])
             raise RewardError(
-                f"all {int(self.invalid[lost])} sequences of prompt {self.scorer.prompts[lost]!r} are invalid or have "
-                "missing scores: use more iterations or children, or a better base model"
+                f"none of the {every} sequences of prompt {self.scorer.prompts[lost]!r} has all scores "
+                f"({every - missing} are invalid, {missing} valid ones miss a score): use more iterations or children, "
+                "or a better base model"
             )
         group = torch.arange(len(sizes)).repeat_interleave(sizes)
         x_0, scores = (torch.cat([getattr(one, name) for one in self.members]) for name in ("x", "scores"))

@@ -30,7 +30,8 @@ from difftilt.steering.budget import Meter, price, spend
 from difftilt.steering.particles import Chain, bind, start
 from difftilt.steering.protocol import Progress, Steered
 from difftilt.steering.store import NodeStore
-from difftilt.steering.tree import Forest, Ids, ParetoFront, Reals
+from difftilt.steering.tree import Forest, Ids, ParetoFront, Reals, Rule
+from difftilt.training.needs import check_needs
 from difftilt.training.protocol import Task
 from difftilt.trees import take
 
@@ -70,6 +71,11 @@ class PepTune:
     Config = PepTuneConfig
 
     def __init__(self, config: PepTuneConfig) -> None:
+        if config.begin_at and not config.objectives:
+            raise UserError(
+                f"begin_at = {config.begin_at} says from when on each objective counts: name the objectives as well, "
+                "objectives = (NAME, NAME), in the same order"
+            )
         if config.begin_at and (len(config.begin_at) != len(config.objectives) or min(config.begin_at) != 0):
             raise UserError(
                 f"begin_at = {config.begin_at} must name one iteration for each of objectives = {config.objectives}, "
@@ -129,13 +135,18 @@ class ParetoSearch:
         noise: NoiseSource,
         index: Int[Tensor, " prompts"] | None = None,
     ) -> "ParetoSearch":
-        """Roots alone, and empty archives; arguments as in :meth:`Steerer.steer`."""
+        """Roots alone, and empty archives; arguments as in :meth:`Steerer.steer`.
+
+        Raises:
+            UserError: for a task whose process is not masked, and for a reward that is no sum or scores sets.
+        """
         scorer, goals = bind(reward, task, prompts, denoise), Goals.of(reward, config.objectives)
+        check_needs(PepTune, replace(task, reward=reward), config)
         chain, roots = start(task, denoise, prompts, 1, noise, index)
         chain, count = replace(chain, grid=chain.grid.unique_consecutive()), len(prompts)
         forest = Forest(count, 0, chain.steps, width=len(goals.objectives))
         forest.visits[:count] = 1
-        archives = Archives.empty(goals, scorer, task.valid, roots.x.shape[1])
+        archives = Archives.empty(goals, scorer, task, roots.x.shape[1])
         search = cls(config, chain, roots.condition, forest, archives)
         search.states.put(np.arange(count), roots.x)
         return search
@@ -161,11 +172,16 @@ class ParetoSearch:
         begin = torch.tensor(self.config.begin_at or [0] * len(self.archives.goals.objectives))
         return (begin <= self.done).nonzero()[:, 0]
 
-    def select(self, roots: Ids) -> Ids:
-        """The node of each tree that is expanded next."""
-        rule = ParetoFront(self.config.exploration, self.active.numpy())
+    @property
+    def rule(self) -> Rule:
+        """Chooses among open siblings in this iteration."""
+        return ParetoFront(self.config.exploration, self.active.numpy())
+
+    def select(self, roots: Ids, purpose: str = "select") -> Ids:
+        """The node of each tree that is expanded next; levels of another purpose choose anew."""
+        rule = self.rule
         index = self.chain.slots[torch.from_numpy(roots)] * self.config.iterations + self.done
-        levels: list[list[float]] = self.chain.noise.uniform(index, (self.forest.last,), purpose="select").tolist()
+        levels: list[list[float]] = self.chain.noise.uniform(index, (self.forest.last,), purpose=purpose).tolist()
         pairs = zip(roots.tolist(), levels, strict=True)
         return np.array([self.forest.descend(root, rule, level, self.unexpanded) for root, level in pairs])
 

@@ -61,7 +61,8 @@ class Steered:
         ancestors: distinct first ancestors alive after each weighting and its selection, (times, prompts).
         ledger: NFE and reward calls of the whole call.
         components: further scores of each particle by name (the objectives of a Pareto search), (particles,).
-        invalid: for each prompt how many scores were missing and counted as the worst; None where none could be.
+        invalid: for each prompt how many samples were invalid or had no score, and counted as the worst; None where
+            none could be.
         search: the weights name the best sample; they are not those of a law.
         history: what a search tells of its rounds, by name, (rounds, prompts).
         complete: False if the call was ended early, by Ctrl-C or because its seconds were over.

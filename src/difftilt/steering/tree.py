@@ -99,12 +99,16 @@ class ParetoFront:
     active: Ids | None = None
 
     def __call__(self, forest: "Forest", children: Ids, u: float) -> int:
-        visits = forest.visits[children]
-        bonus = forest.prior[children] * np.sqrt(forest.visits[forest.parent[children[0]]]) / (1 + visits)
-        bound = forest.value[children] / visits[:, None] + self.exploration * bonus[:, None]
+        bound = self.bounds(forest, children)
         seen = bound if self.active is None else bound[:, self.active]
         chosen = children[front(torch.from_numpy(seen)).numpy()]
         return int(chosen[int(u * len(chosen))])
+
+    def bounds(self, forest: "Forest", children: Ids) -> Reals:
+        """U of each child, (children, objectives)."""
+        visits = forest.visits[children]
+        bonus = forest.prior[children] * np.sqrt(forest.visits[forest.parent[children[0]]]) / (1 + visits)
+        return forest.value[children] / visits[:, None] + self.exploration * bonus[:, None]
 
 
 def soft_value(temperature: float) -> Statistic:
