@@ -26,6 +26,7 @@ from benchmarks.sampling import (
     tree_overhead,
 )
 from benchmarks.sets import leave_one_out, swaps
+from benchmarks.steering import dlbs_overhead, svdd_overhead, ttsnap_overhead
 from benchmarks.training import (
     crd_overhead,
     dragon_overhead,
@@ -50,6 +51,9 @@ BENCHMARKS: dict[str, Callable[[Size], Subject]] = {
     "update_dragon": dragon_overhead,
     "fk_steering": fk_overhead,
     "find": find_overhead,
+    "svdd": svdd_overhead,
+    "dlbs": dlbs_overhead,
+    "ttsnap": ttsnap_overhead,
     "dts": dts_overhead,
     "dts_frontier": dts_frontier,
     "peptune": peptune_overhead,

@@ -7,7 +7,7 @@ to benchmarks/results/arena/NAME.json.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from difftilt.evaluation.arena.cost import GRADIENT_PASS
@@ -62,7 +62,8 @@ Where the testbed knows the tilted law, `to_target` is the distance of the sampl
 (energy distance for mixtures, total variation for sequences), which finite sets keep above 0. Where steered members are
 read at several costs, a table and a picture say from how many samples on training to a reward is cheaper than steering
 to it: N = T/(s - p), with T the cost of the training, s that of steering one sample to the same mean reward, and p that
-of sampling one plainly.
+of sampling one plainly. Where steering was never read at a cost as low as that reward needs, s is too large and N at
+least what stands there: marked ≥, and hollow in the picture.
 Trained members and the base are sampled by the task's solver, steerers by its stochastic kernel, which a row of its own
 shows without steering. [metrics.md](metrics.md) defines the rest.
 
@@ -92,17 +93,24 @@ of the samples. prdp is read by its own stochastic chain, which is at 0.550, 0.6
 any training, so that the second is above the target untrained; it gains nothing. dragon, with beta 30 as on digits,
 loses. flow-grpo has hardly begun: its averaged weights, which are what is read, follow every eighth update.
 
-**The factor between flow-grpo and diffusion-nft.** Until an accuracy of 0.62 diffusion-nft spends 43 840, 33 088 and
-33 088 evaluations (seeds 0, 1, 2); flow-grpo does not get there within this budget, so the last table has no number
-for it. [policy_gradient](#policy_gradient) has the same prompts, noise and settings of flow-grpo and a longer budget.
-There the sliding window is first read at 0.62 after 144 656, 134 720 and 134 672 evaluations, read every ten
-iterations: 3.3, 4.1 and 4.1 times as many, 3.8 ± 0.4. On all steps it is not reached, 204 032 and not reached: more
-than 4.9, 6.2 and more than 6.6 times. An evaluation takes both nearly the same time (0.62 and 0.65 ms), so in seconds
-these factors are 5 % larger. BranchGRPO and B²-DiffuRL, policy gradients too, need 2.2 and 2.3 times as many (two
-seeds of three) and 2.5, 2.0 and 0.7. So the factor here is 2 to 7, not 25, and larger than on digits: of the square
-of diffusion-nft's gradient 15 % is [signal](methods/flow-grpo.md#how-fast-it-learns-and-why), of flow-grpo's 0.3 ±
-0.6 %. That the cost does not differ as much has two reasons that can be counted: a sample is no cheaper (28
-evaluations against 23), and the steps of diffusion-nft are held short by its KL, without which it drifts.""",
+**The factor between flow-grpo and diffusion-nft.** Until an accuracy of 0.62 diffusion-nft spends 43 840, 33 088
+and 33 088 evaluations (seeds 0, 1, 2); flow-grpo does not get there within this budget, so the last table has no
+number for it. [policy_gradient](#policy_gradient) has the same prompts, noise and settings of flow-grpo and a
+longer budget. There the sliding window is first read at 0.62 after 144 656, 134 720 and 134 672 evaluations: 3.3,
+4.1 and 4.1 times as many. Readings are coarse: diffusion-nft is read every two iterations (10 752 evaluations),
+flow-grpo every ten (45 000) and at its budget. What holds is between the last reading below the target and the
+first one at it, for diffusion-nft 33 088 to 43 840 with seed 0 and 22 336 to 33 088 with the others, for the
+sliding window 135 952 to 144 656, 90 944 to 134 720 and 90 432 to 134 672. So the factor lies between 3.1 and 4.4
+with seed 0, and between 2.7 and 6.0 with seeds 1 and 2. On all steps it is not reached, 204 032 and not reached:
+more than 4.9, 6.2 and more than 6.6 times. The target, 0.62, is what every seed of diffusion-nft reads within the
+budget; it is 0.05 above the untrained mean, 1.3 standard errors of a reading, and another target would give
+another factor. In seconds nothing was measured up to a common target on one machine: an evaluation takes both
+nearly the same time here (0.62 and 0.65 ms), so by arithmetic the factors in seconds are 5 % larger. BranchGRPO
+and B²-DiffuRL, policy gradients too, need 2.2 and 2.3 times as many (two seeds of three) and 2.5, 2.0 and 0.7. So
+the factor here is 2 to 7, not 25, and larger than on digits: of the square of diffusion-nft's gradient 15 % is
+[signal](methods/flow-grpo.md#how-fast-it-learns-and-why), of flow-grpo's 0.3 ± 0.6 %. That the cost does not
+differ as much has two reasons that can be counted: a sample is no cheaper (28 evaluations against 23), and the
+steps of diffusion-nft are held short by its KL, without which it drifts.""",
     "forward_process_digits": """The reward is the probability of the prompted digit under a classifier, `heldout_digit`
 that under another. Settings were chosen by one rule on the same prompts with seed 9, which is not among the seeds: the
 highest `heldout_digit` after 160 000 evaluations among those tried. Tried were learning rates 3e-4 and 1e-3 with, for
@@ -117,10 +125,13 @@ it is trained, by the stochastic chain, whose digits are better than the solver'
 0.80), so most of its lead over the base is the sampler's and 0.03 its own. dragon falls again after its peak, at 160 to
 210 nats; at a rate of 1e-4 and beta 100, the setting that came second, it ended at 0.886 ± 0.016 with 13 nats.
 
-**The factor between flow-grpo and diffusion-nft** is in the last table. Until a `heldout_digit` of 0.9 flow-grpo on all
-steps spends 1.1 ± 0.1 times the evaluations and 1.5 ± 0.3 times the processor time of diffusion-nft; on its first four
-steps it spends half of either (0.46 ± 0.05 and 0.6 ± 0.1), at a larger drift (19 nats against 4). The published factor
-is up to 25, and nothing like it is seen here. What can be counted:
+**The factor between flow-grpo and diffusion-nft** is in the last table. Until a `heldout_digit` of 0.9 flow-grpo
+on all steps spends 1.1 ± 0.1 times the evaluations and 1.5 ± 0.3 times the processor time of diffusion-nft; on its
+first four steps it spends half of either (0.46 ± 0.05 and 0.6 ± 0.1), at a larger drift (19 nats against 4). These
+are of the first readings at the target, which are 14 080 evaluations of diffusion-nft apart: between the last
+readings below it and the first ones at it the factors in evaluations are 0.8 to 1.3, 1.0 to 1.3 and 1.1 to 1.7
+(seeds 0, 1, 2) on all steps, and 0.2 to 0.5, 0.3 to 0.6 and 0.3 to 0.7 on four. The published factor is up to 25,
+and nothing like it is seen here. What can be counted:
 
 - A sample costs diffusion-nft 55 evaluations (10 to draw it, and 5 at each of 9 times), flow-grpo 46 on all steps and
   26 on four. A regression is not cheaper than a ratio where both train at all times.
@@ -137,10 +148,12 @@ of [forward_process](#forward_process).""",
 variation of 512 samples to it; 512 independent draws of the target itself are at 0.183 ± 0.014. The mean reward under
 the target is 3.60: a member far above it searches, it does not sample. svdd with draws of x_0 is at that floor, and its
 value from the most likely completion stops at 0.31 whatever it is paid: the bias of the value, not of the selection.
-fk-steering comes near. best-of-n and dts-star climb past the target. dts pays for one tree of about a hundred rollouts
-for each single sample, which is the use it is least made for: from one tree any number of samples is free.""",
+fk-steering comes near. best-of-n and dts-star climb past the target, dlbs farthest. dts pays for one tree of about a
+hundred rollouts for each single sample, which is the use it is least made for: from one tree any number of samples is
+free.""",
     "steering_mixtures": """`to_target` is the energy distance of 512 samples to exact draws of the tilted law; as many
-independent draws of it are at 0.053 ± 0.017, and their mean reward is 1.81.""",
+independent draws of it are at 0.053 ± 0.017, and their mean reward is 1.81. dlbs, plain ttsnap, best-of-n and dts-star
+seek the highest reward, and leave the target behind the more the more they are paid.""",
     "steering_digits": """The reward is the left-right symmetry of an image (0 is perfect). Settings are those of
 [digits](#digits), but with the kernel of plain stochastic sampling for all steerers and fewer evaluations. The last
 table and the second picture answer from how many samples on training is the cheaper way to a mean reward. At the
@@ -148,7 +161,25 @@ highest reward that it reaches here, flow-grpo pays from 380 samples on against 
 svdd, diffusion-nft from 1 800 and 9 500: the better the search, the later training pays. Equal reward is not equal
 quality: trained samples of one prompt are more alike (`diversity`), and near -0.13 best-of-n keeps `heldout_digit` at
 0.70 where diffusion-nft has 0.68 and flow-grpo 0.67. Training may also go on to rewards that no search reaches at a
-price anybody pays; up to -0.114 only dts does not follow.""",
+price anybody pays; up to -0.114 only dts does not follow. The highest reward for the evaluations is dlbs's, by a beam
+that looks three evaluations ahead; the plain ttsnap is next. find is in no arena: it learns one law for each prompt
+and then draws any number of samples at the price of plain ones, which a search per sample cannot be compared with;
+[its page](methods/find.md) compares.""",
+    "steering_molecules": """The reward is drug-likeness (QED); every sample is a molecule, since all strings of the
+model's language spell one. With 256 evaluations a molecule the beam of dlbs ends highest, then best-of-n and
+dts-star. fk-steering and svdd aim at the law tilted by their temperatures and stop there. At equal reward calls,
+where a guess from a half-masked molecule costs as much as a finished one, the searches that score finished molecules
+only win by far: best-of-n and dts-star reach 0.87 (the 4190 training molecules have 0.56 in the mean). Nothing was
+tuned, and 32 molecules of a seed are few: the standard deviation over seeds of the base is 0.03.""",
+    "steering_shapes": """The reward is the verifier's dense score, on the test prompts, with eight steps a picture.
+At 256 evaluations a picture nearly all searches saturate: best-of-n, the trees and fk-steering are within noise of
+each other, and what tells them apart is the hardest kind of prompt (`count_position`, 0.02 plain). svdd commits to
+one child early, where a blurred prediction does not show the relation yet, and stays behind on relations; dlbs, with
+one evaluation of lookahead, does not. The fitted ttsnap pays for its fit out of the same budget: its noise-aware
+reward has seen two pictures of each of 1168 prompts, too few to pay here; counting reward calls only it is ahead of
+the plain one, which keeps 15 candidates for the price of 191. The trained members have hardly begun at this budget
+(flow-grpo's averaged weights follow every eighth update), so this arena says little of them: diffusion-nft, at the
+gain of 0.06 that it reaches, pays from some 500 to 11 000 pictures on, depending on the search.""",
     "policy_gradient": """The policy-gradient family on the verifier's dense score and the test prompts: one loss
 (`guard`), exact KL 0.3, noise level 0.7 and optimiser for all; settings are those of `shapes/flow-grpo`, chosen on
 validation prompts for flow-grpo and not tuned for the others, but for g2rpo, see below. Differences are small beside
@@ -211,12 +242,25 @@ def readme(text: str, found: Mapping[str, ArenaResult]) -> str:
         for numbers in (README_NUMBERS, README_FAMILY):
             if all(member in rows.get(name, {}) for _, name, _ in numbers):
                 cells = [f"{word} {rows[name][member][number]}" for word, name, number in numbers]
-                return f"{row[1]} {', '.join(cells)} |"
+                return f"{row[1]} {', '.join(cells)}{_untrained(member, numbers, found)} |"
         return row[0]
 
     return re.sub(r"^(\| \[?([\w -]+)(?:\][^|]*)? \|[^|]*\|[^|]*\|)[^|]*\|$", measured, text, flags=re.MULTILINE)
 
 
+def _untrained(member: str, numbers: Sequence[tuple[str, str, str]], found: Mapping[str, ArenaResult]) -> str:
+    """What a member that is not read by the solver of the base reads before training, seed by seed."""
+    if member not in OWN_SAMPLER:
+        return ""
+    cells = [
+        f"{word} {', '.join(f'{run.curve[0].numbers[number]:.2f}' for run in found[name].of(member))}"
+        for word, name, number in numbers
+    ]
+    return f" (its own chain untrained, seed by seed: {'; '.join(cells)})"
+
+
+OWN_SAMPLER = ("prdp",)
+"""Members that are read by their own stochastic chain, so that the base's row is not where they begin."""
 README_MEMBERS = {"the untouched model": "base", "flow-grpo": "flow-grpo (plain)"}
 """Row of the README's table -> member of the arenas, where the names differ."""
 README_NUMBERS = (

@@ -29,6 +29,9 @@ NAMES = (
     *UPDATES,
     "fk_steering",
     "find",
+    "svdd",
+    "dlbs",
+    "ttsnap",
     "dts",
     "dts_frontier",
     "peptune",
@@ -67,7 +70,7 @@ def test_every_benchmark_writes_its_result(tmp_path: Path, capsys: pytest.Captur
         assert result["shapes"]
     assert [results[name]["bound"] for name in NAMES] == [
         *(1.05, 1.15, None, 1.15),
-        *[1.10] * 9,
+        *[1.10] * 12,
         *(None, 1.10, None, None, None),
     ]
     assert results["rollout"]["seconds"].keys() >= {"rollout"}

@@ -1,9 +1,11 @@
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from difftilt.evaluation.arena.crossover import Crossover, Point, cost_of, crossovers, rising, save_crossover_picture
 from difftilt.evaluation.arena.records import ArenaResult, Entry, MemberRun, Reading
+from difftilt.evaluation.arena.tables import pays
 from difftilt.models.ledger import Ledger
 
 SAMPLES = 10
@@ -47,6 +49,28 @@ def test_the_crossover_is_where_both_ways_cost_the_same() -> None:
     many = point.cost
     assert training + many * 8 == pytest.approx(many * 48)
     assert found.beyond == (0.9,)
+
+
+def test_below_the_first_steered_value_the_number_is_a_bound_and_shown_as_one(tmp_path: Path) -> None:
+    """Training to 0.2 costs 400; steering was first read at 0.3, for 16 a sample: 0.2 may cost less, N* be more."""
+    learned = [reading(0.1, Ledger(80)), reading(0.2, Ledger(480))]
+    searched = [reading(0.3, Ledger(160)), reading(0.5, Ledger(480))]
+    outcome = result(learned, searched)
+    (found,) = crossovers(outcome)
+    assert found.points == (Point(0.2, 400 / (16 - 8), at_least=True),)
+    assert pays([found]).rows[0][3] == "≥ 50 samples"
+    # at the very value it is known
+    (known,) = crossovers(result([learned[0], reading(0.3, Ledger(480))], searched))
+    assert known.points == (Point(0.3, 50.0),)
+    assert pays([known]).rows[0][3] == "50 samples"
+    arrows: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "errorbar", lambda self, x, y, up, **how: arrows.append((x, y, how["lolims"], how["mfc"])))
+        save_crossover_picture(outcome, tmp_path / "bound.png")
+        assert arrows == [([0.2], [50.0], True, "none")]
+        save_crossover_picture(result([learned[0], reading(0.3, Ledger(480))], searched), tmp_path / "known.png")
+    assert len(arrows) == 1
+    save_crossover_picture(outcome, tmp_path / "drawn.png")
 
 
 def test_costs_between_two_points_follow_the_logarithm() -> None:

@@ -20,7 +20,9 @@ def test_every_leaf_is_what_its_card_says(kind: str, leaf: leaves.Leaf) -> None:
     assert leaves.find(kind, leaf.card.name) == leaf
     module = leaves.import_module(leaf.module, "test")
     assert leaf.card == module.CARD
-    assert callable(leaves.load(kind, leaf.card.name))
+    entry = leaves.load(kind, leaf.card.name)
+    assert callable(entry)
+    assert leaves.card_of(entry) == leaf.card
 
 
 @pytest.mark.parametrize("kind", leaves.ROOMS)

@@ -52,6 +52,12 @@ def test_float32_times_see_the_same_slope_as_float64() -> None:
     assert float((rounded / exact - 1).abs().max()) < 5e-4
 
 
+def test_sampling_may_start_from_unit_noise() -> None:
+    table, noise = rows(0.9, 0.5), torch.ones(2, 3)
+    assert torch.equal(VariancePreserving(table, prior_std=1.0).prior(noise), noise)
+    torch.testing.assert_close(VariancePreserving(table).prior(noise), noise * 0.5**0.5)
+
+
 @pytest.mark.parametrize("table", [[0.5, 0.6], [1.0, 0.5], [0.5, 0.0], [[0.9, 0.5]]])
 def test_impossible_tables_are_refused(table: list[float]) -> None:
     with pytest.raises(ValueError, match="alphas_cumprod"):

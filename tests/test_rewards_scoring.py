@@ -237,6 +237,10 @@ def test_sums_of_sets() -> None:
     torch.testing.assert_close(scaled.abs(), torch.ones(5), rtol=1e-4, atol=1e-4)
     mixed = WeightedSum({"a": a_set(), "b": as_reward(first)}, {"a": 1.0, "b": 1.0})
     assert not mixed.capabilities.set_valued
+    assert mixed.capabilities.mixed
+    assert WeightedSum({"a": mixed}, {"a": 1.0}).capabilities.of_sets
+    assert not both.capabilities.mixed
+    assert not WeightedSum({"a": as_reward(first)}, {"a": 1.0}).capabilities.of_sets
     torch.testing.assert_close(score(mixed).total, score(a_set()).total + first(samples()))
     torch.testing.assert_close(mixed.score(samples()), score(mixed).total)
     with pytest.raises(ValueError, match="set-valued"):

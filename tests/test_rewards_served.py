@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,12 @@ from difftilt import api
 from difftilt.card import Card
 from difftilt.errors import RewardError, UserError
 from difftilt.models.ledger import Ledger
-from difftilt.recipes.building import check_needs
 from difftilt.recipes.parts import NoFields
 from difftilt.rewards import Reward, Samples, WeightedSum, as_reward, evaluate
 from difftilt.rewards.served import RemoteReward, wire
 from difftilt.rewards.served.remote import Config
 from difftilt.rewards.served.service import Description
+from difftilt.training.needs import check_needs
 from served_rewards import closeness, faulty, spread
 from training_runs import make_task, without_pictures
 
@@ -259,7 +260,7 @@ def test_sets_are_scored_whole_and_in_order_of_their_index() -> None:
             assert torch.equal(score(reward, samples), score(spread(), samples))
 
 
-def test_no_gradient_crosses_and_it_is_said() -> None:
+def test_no_gradient_crosses_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with api.reward_server(as_reward(closeness)) as server:
         reward = connect(server.url, None)
         samples = samples_of()
@@ -269,8 +270,11 @@ def test_no_gradient_crosses_and_it_is_said() -> None:
         with torch.no_grad():
             assert score(reward, wanted).shape == (8,)
         card = Card(name="leaf", entry="Leaf", paper="none", needs=("differentiable reward",))
+        monkeypatch.setitem(sys.modules, "leaf", ModuleType("leaf"))
+        monkeypatch.setattr(sys.modules["leaf"], "CARD", card, raising=False)
+        leaf = type("Leaf", (), {"__module__": "leaf"})
         with pytest.raises(UserError, match="its reward is black-box, as every served one is"):
-            check_needs(card, replace(make_task(), reward=reward), NoFields())
+            check_needs(leaf, replace(make_task(), reward=reward), NoFields())
 
 
 def test_all_that_a_reward_may_see_arrives() -> None:

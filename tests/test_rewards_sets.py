@@ -12,7 +12,7 @@ from torch import Tensor
 
 import difftilt
 from difftilt import leaves
-from difftilt.checks.trial import loop_of
+from difftilt.checks.trial import loop_of, make_method
 from difftilt.errors import RewardError, UserError
 from difftilt.models.ledger import Ledger
 from difftilt.recipes.building import build_task
@@ -22,6 +22,7 @@ from difftilt.rewards import (
     FrechetPerSample,
     FrechetReward,
     FunctionReward,
+    Masked,
     MeanReward,
     MMDReward,
     ReferenceSet,
@@ -29,24 +30,32 @@ from difftilt.rewards import (
     SetReward,
     VendiReward,
     WeightedSum,
+    as_reward,
     as_set,
     evaluate,
     win_rate,
 )
+from difftilt.rewards.checked import CheckedSets
+from difftilt.rewards.of_sets import OfSets
 from difftilt.rewards.protocol import Capabilities
 from difftilt.rewards.scoring import encode
+from difftilt.rewards.sets import set_reward
 from difftilt.rewards.vector import distance
 from difftilt.sampling.noise import Noise
 from difftilt.statistics import (
+    FrechetState,
     RecomputedState,
     coverage,
     frechet_distance,
+    frechet_from_moments,
     kernel_distance,
     neighbour_radius,
     polynomial_kernel,
     vendi_score,
 )
 from difftilt.testbeds.mixtures import Config, Mixtures
+from difftilt.training.config import TrainingConfig
+from difftilt.training.loop import train_task
 from difftilt.training.measure import measure
 
 
@@ -240,10 +249,46 @@ def test_a_set_reward_is_refused_by_methods_of_single_samples(name: str, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def mixed() -> WeightedSum:
+    return WeightedSum({"near": distance(torch.zeros(2)), "vendi": VendiReward()}, {"near": 1.0, "vendi": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("crd", {"kl_guidance": 1.0}),
+        ("gdro", {"collect": 4}),
+        ("prdp", {}),
+        ("diffusion-nft", {}),
+        ("gardo", {"gate": "all"}),
+    ],
+)
+def test_from_python_too_and_with_one_part_of_a_sum(name: str, settings: dict[str, Any]) -> None:
+    task = Mixtures(Config(steps=4)).task()
+    method = make_method(name, task, **settings)
+    for reward in (VendiReward(), mixed()):
+        with pytest.raises(UserError, match=rf"{name} needs a per-sample reward.*part of its sum"):
+            train_task(replace(task, reward=reward), method, TrainingConfig(iterations=1, evaluate_every=0))
+
+
+def test_recipes_refuse_a_sum_with_a_set_reward(tmp_path: Path) -> None:
+    bed, reward = {"name": "tones"}, {"weights": {"consonance": 1.0, "vendi": 1.0}}
+    with pytest.raises(UserError, match="diffusion-nft needs a per-sample reward"):
+        difftilt.train({"testbed": bed, "reward": reward, "method": {"name": "diffusion-nft"}}, tmp_path / "run")
+    with pytest.raises(UserError, match="scores of samples to scores of sets"):
+        difftilt.train({"testbed": bed, "reward": reward, "method": {"name": "dragon"}}, tmp_path / "run")
+    with pytest.raises(UserError, match="scores sets"):
+        difftilt.collect({"testbed": bed, "reward": reward, "method": {"name": "gdro"}}, tmp_path / "d", groups=2)
+    with pytest.raises(UserError, match="scores of samples to scores of sets"):
+        as_set(WeightedSum({"inner": mixed()}, {"inner": 1.0}))
+
+
 def test_recipes_name_set_rewards(tmp_path: Path) -> None:
     np.save(tmp_path / "r.npy", normal(0, 9, 2).numpy())
     for kind in ("frechet", "mmd", "vendi", "coverage"):
-        reward: dict[str, Any] = {"name": "sets", "kind": kind, "reference": str(tmp_path / "r.npy")}
+        reward: dict[str, Any] = {"name": "sets", "kind": kind}
+        if kind != "vendi":
+            reward["reference"] = str(tmp_path / "r.npy")
         task = build_task(
             load_recipe({"testbed": {"name": "mixtures"}, "reward": reward, "method": {"name": "dragon"}})
         )
@@ -270,6 +315,128 @@ def test_an_evaluation_of_a_pooled_reward_is_one_number_without_spread(tmp_path:
     assert found.numbers["reward"] == pytest.approx(reward.score_features(found.samples.media.double()), rel=1e-5)
     assert "vendi" in found.numbers
     assert not [name for name in found.numbers if name.endswith("_std") or "@" in name]
+
+
+def test_win_rates_score_both_sides_together_and_refuse_what_has_no_score() -> None:
+    near, far = samples(), samples(MEDIA + 3.0)
+    plain = as_reward(lambda s: s.media[:, 0], name="first")
+    # standardised apart, the two sides would have equal scores
+    for normalise in ("batch", "group", "running"):
+        assert win_rate(WeightedSum({"a": plain}, {"a": 1.0}, normalise), far, near, Noise(0)) == 1.0
+    gaps = as_reward(lambda s: torch.where(s.media[:, 0] > 3, torch.nan, s.media[:, 0]), name="gaps")
+    with pytest.raises(RewardError, match="'gaps' is not finite"):
+        win_rate(gaps, far, near, Noise(0))
+    with pytest.raises(UserError, match="unmask"):
+        win_rate(Masked(gaps), far, near, Noise(0))
+    with pytest.raises(RewardError, match=r"'odd' is nan for a set of 12"):
+        win_rate(Odd("nan"), far, near, Noise(0))
+    with pytest.raises(UserError, match="0 samples and 200 sets"):
+        win_rate(plain, samples(MEDIA[:0]), samples(MEDIA[:0]), Noise(0))
+    with pytest.raises(UserError, match="scores of samples to scores of sets"):
+        win_rate(mixed(), far, near, Noise(0))
+    with pytest.raises(UserError, match="pooled"):
+        win_rate(VendiReward(pooled=False), far, near, Noise(0))
+
+
+class Odd(OfSets):
+    """Fails on small sets, where a search looks, and not on a whole round of 24."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__("odd")
+        self.how = how
+
+    def score_features(self, features: Tensor) -> float:
+        if len(features) < 20 and self.how == "raise":
+            raise RuntimeError("boom")
+        return float(self.how) if len(features) < 20 else float(features.mean())
+
+
+@pytest.mark.parametrize(("how", "said"), [("nan", "is nan"), ("-inf", "is -inf"), ("raise", "raised RuntimeError")])
+def test_a_search_ends_with_an_error_that_names_the_reward(how: str, said: str) -> None:
+    task = replace(Mixtures(Config(steps=4)).task(), reward=Odd(how))
+    loop = loop_of("dragon", task, groups=12, beta=1.0)
+    with torch.no_grad(), pytest.raises(RewardError, match=f"'odd' {said}"):
+        loop.method.collect(loop.run)
+    state = CheckedSets(Odd(how)).begin(MEDIA, torch.arange(12))
+    for ask in (state.leave_one_out, lambda: state.swapped(torch.tensor([0]), torch.tensor([1]))):
+        with pytest.raises(RewardError, match=f"'odd' {said}"):
+            ask()
+
+
+def test_a_search_is_of_one_set_of_all_groups_in_one_space() -> None:
+    task = Mixtures(Config(steps=4, classes=2)).task()
+    with pytest.raises(UserError, match="set pooled to true"):
+        make_method("dragon", replace(task, reward=FrechetReward(KNOWN, pooled=False)), groups=8)
+    wide = FrechetReward(ReferenceSet.of(normal(0, 80, 64)))
+    with pytest.raises(UserError, match="samples have 2 features, the reference has 64"):
+        make_method("dragon", replace(task, reward=wide), groups=8)
+
+
+def test_an_evaluation_that_is_too_small_names_its_setting() -> None:
+    task = replace(Mixtures(Config(steps=4)).task(), reward=FrechetReward(ReferenceSet.of(normal(1, 40, 2))))
+    config = TrainingConfig(iterations=1, evaluation_samples=2)
+    with pytest.raises(UserError, match=r"training\.evaluation_samples gives 2 samples.*raise it to 3"):
+        train_task(task, make_method("dragon", task, groups=8), config)
+    watched = replace(task, reward=VendiReward(), heldout={"far": task.reward})
+    with pytest.raises(UserError, match=r"training\.evaluation_samples gives 2"):
+        train_task(watched, make_method("dragon", watched, groups=8), config)
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "said"),
+    [
+        (torch.tensor([torch.nan, 0.0]), torch.eye(2), "finite"),
+        (torch.zeros(2), torch.eye(3), "shape"),
+        (torch.zeros(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]]), "symmetric"),
+        (torch.zeros(2), torch.diag(torch.tensor([1.0, -1.0])), "negative eigenvalue"),
+    ],
+)
+def test_a_law_is_a_mean_and_a_covariance(mean: Tensor, covariance: Tensor, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        ReferenceSet.gaussian(mean, covariance)
+
+
+def test_a_singular_law_is_one() -> None:
+    line = torch.ones(3, 3)
+    reward = FrechetReward(ReferenceSet.gaussian(torch.zeros(3), line))
+    sample = normal(0, 50, 3)
+    assert -reward.score_features(sample) == pytest.approx(
+        float(frechet_from_moments(sample.mean(0), sample.T.cov(), torch.zeros(3).double(), line.double())), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kind": "vendi", "bandwidth": 0.0}, "bandwidth = 0"),
+        ({"kind": "vendi", "bandwidth": -1.0}, "bandwidth = -1"),
+        ({"kind": "vendi", "reference": "r.npy"}, "reward.reference: vendi does not read it"),
+        ({"kind": "mmd", "spread": "diagonal"}, "reward.spread: mmd"),
+        ({"kind": "mmd", "shrinkage": 0.1}, "reward.shrinkage: mmd"),
+        ({"kind": "frechet", "neighbours": 3}, "reward.neighbours: frechet"),
+        ({"kind": "coverage", "bandwidth": 1.0}, "reward.bandwidth: coverage"),
+    ],
+)
+def test_settings_that_are_not_read_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        set_reward(None, **settings)
+
+
+def test_a_recipe_names_an_encoder() -> None:
+    reward = set_reward(None, "vendi", encoder="torch:zeros_like")
+    assert torch.equal(reward.features(samples()), torch.zeros_like(MEDIA))
+    with pytest.raises(UserError, match="module:callable"):
+        set_reward(None, "vendi", encoder="zeros")
+    with pytest.raises(UserError, match="no class or function 'none'"):
+        set_reward(None, "vendi", encoder="torch:none")
+
+
+def test_a_set_of_two_has_no_distance_without_one() -> None:
+    reference = ReferenceSet.of(normal(1, 40, 3)).frechet("diagonal")
+    with pytest.raises(UserError, match="a set of 2 without one"):
+        FrechetState(MEDIA, torch.arange(2), reference).leave_one_out()
+    means = FrechetState(MEDIA, torch.arange(2), ReferenceSet.of(normal(1, 40, 3)).frechet("none"))
+    assert means.leave_one_out().isfinite().all()
 
 
 def test_win_rates_are_symmetric_and_see_a_shift() -> None:

@@ -426,7 +426,8 @@ def test_ctrl_c_ends_a_fit_and_keeps_its_rounds() -> None:
 def test_commands_fit_and_steer(tmp_path: Path) -> None:
     settings = ["testbed.steps=3", "steerer.iterations=3", "steerer.rollouts=2", "steerer.samples=4"]
     fitted = difftilt.fit("mixtures/find", tmp_path / "fit", overrides=settings)
-    assert fitted.ledger.nfe == 3 * 2 * 3
+    # the fit, and four samples that say which model and reward it belongs to
+    assert fitted.ledger.nfe == 3 * 2 * 3 + 4 * 3
     here = difftilt.steer("mixtures/find", overrides=settings).steered
     there = difftilt.steer("mixtures/find", overrides=[*settings, f"steering.fitted={tmp_path / 'fit'}"]).steered
     # the same rounds with the same noise

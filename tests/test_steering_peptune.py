@@ -449,7 +449,7 @@ def test_what_a_user_can_get_wrong() -> None:
         steer(peptune(objectives=("zeros", "ones", "zeros")), toy(), [""])
     parts: dict[str, Reward] = {"ones": FunctionReward("ones", lambda s: s.media.float().mean(1))}
     parts["distinct"] = DistinctReward(lambda media: media.float() + 1)
-    with pytest.raises(UserError, match="distinct is a reward of a whole set"):
+    with pytest.raises(UserError, match="distinct scores sets: leave it out"):
         steer(peptune(), replace(toy(), reward=WeightedSum(parts, dict.fromkeys(parts, 1.0))), [""])
     with pytest.raises(UserError, match="masked process"):
         package.steer(Mixtures().task(), method="peptune")

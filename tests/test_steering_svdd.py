@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,16 +10,22 @@ from torch import Tensor
 from difftilt.checks.fk_steering import Truth, ring_truth, sequence_truth
 from difftilt.errors import RewardError, UserError
 from difftilt.models.denoiser import denoiser
+from difftilt.models.protocol import GenerativeModel
+from difftilt.process.grid import uniform_grid
+from difftilt.process.masked import MaskedProcess
 from difftilt.process.protocol import Condition, Prediction
 from difftilt.rewards import FunctionReward, Masked
-from difftilt.sampling.kernels import DDIM, FlowSDE
+from difftilt.sampling.kernels import DDIM, FlowSDE, Unmasking
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.presets import Preset
+from difftilt.sampling.protocol import Sampler
 from difftilt.sampling.rollout import rollout, start_state
+from difftilt.statistics import enumerate_sequences, sequence_codes
 from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
 from difftilt.steering.fk_steering import FKSteering, FKSteeringConfig
 from difftilt.steering.protocol import Steered, Steerer
 from difftilt.steering.svdd import SVDD, SVDDConfig
+from difftilt.testbeds.enumeration import transition
 from difftilt.training.protocol import Task
 from difftilt.values import ClosedForm, Rows
 
@@ -99,6 +106,64 @@ def test_samples_of_a_prompt_meet_in_svdd_r_only() -> None:
     alone = steer(svdd(particles=6, temperature=0.05), task, [""])
     assert alone.ancestors.unique().tolist() == [6]
     assert steer(svdd(particles=6, temperature=0.05, resample_batch=True), task, [""]).ancestors[-1, 0] < 6
+
+
+def two_tokens(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """Two letters, more probable at the left, and more equal where the neighbour is known."""
+    known = (x < 2).sum(1)[:, None, None]
+    return torch.tensor([[0.4, -0.3], [0.8, 0.1]]).expand(len(x), 2, 2) / (1 + known)
+
+
+def pairs_law(value: Tensor, rewards: Tensor, temperature: float) -> Tensor:
+    """Joint law of both samples of SVDD-R with two children on two tokens in two steps, (9, 9), enumerated."""
+    process, pair = MaskedProcess(2), torch.zeros(9, 9, dtype=torch.float64)
+    pair[8, 8] = 1.0  # both all mask
+    for (t, s), v in zip(((1.0, 0.5), (0.5, 0.0)), (value, rewards), strict=True):
+        left, right = transition(two_tokens, process, 2, t, s)
+        step = (left[:, :, None] * right[:, None]).reshape(9, 9)
+        lift = (v.double() / temperature).exp()
+        share = lift[:, None] / (lift[:, None] + lift)  # of the first of two
+        # both children of a parent, and the one that is taken
+        kept = 2 * step * (step @ share.T)
+        both = kept.T @ pair @ kept
+        # each place draws anew from the two samples (y, z): y with probability share[y, z], z with the rest
+        pair = torch.zeros(9, 9, dtype=torch.float64)
+        for y in range(9):
+            for z in range(9):
+                drawn = torch.zeros(9, dtype=torch.float64)
+                drawn[y] += share[y, z]
+                drawn[z] += 1 - share[y, z]
+                pair += both[y, z] * drawn[:, None] * drawn
+    return pair
+
+
+@pytest.mark.parametrize("temperature", [0.4, 2.0])
+def test_svdd_r_draws_pairs_of_samples_as_often_as_their_law_says(temperature: float) -> None:
+    every, runs = enumerate_sequences(3, 2), 20_000
+    value = torch.tensor([0.1, -0.4, 0.6, 0.3, -0.2, 0.5, -0.5, 0.4, 0.0])
+    scores = (every[:, 0] - 0.6 * every[:, 1] + every[:, 0] * every[:, 1]).float()
+    model = GenerativeModel(
+        two_tokens, MaskedProcess(2), "logits", (2,), lambda p: None, lambda x: x, dtype_tokens=True
+    )
+    reward = FunctionReward("letters", lambda s: scores[sequence_codes(s.media, 3)])
+    task = Task("two", model, reward, ("",), ("",), Sampler(uniform_grid(2), Unmasking()))
+    steerer = SVDD(
+        svdd(children=2, particles=2, resample_batch=True, temperature=temperature).config,
+        value=ClosedForm(lambda x, t, c: value[sequence_codes(x, 3)]),
+    )
+    steered = steer(steerer, task, [""] * runs)
+    law = pairs_law(value, scores, temperature)
+    code = sequence_codes(steered.x_0, 3).reshape(runs, 2)
+    counts = torch.zeros(9, 9, dtype=torch.float64).index_put((code[:, 0], code[:, 1]), torch.ones(()).double(), True)
+    possible = law > 0
+    assert float(law.sum()) == pytest.approx(1.0)
+    assert int(possible.sum()) == 16
+    assert float(counts[~possible].sum()) == 0
+    expected = runs * law[possible]
+    assert bool((expected > 5).all())
+    # the mean of chi squared is its degrees of freedom, its variance twice as many
+    chi = float(((counts[possible] - expected).square() / expected).sum())
+    assert chi < 15 + 4 * math.sqrt(2 * 15)
 
 
 @pytest.mark.parametrize("truth", TRUTHS)

@@ -18,15 +18,18 @@ from difftilt.models.denoiser import denoiser
 from difftilt.process.grid import uniform_grid
 from difftilt.rewards import FunctionReward, Masked, Samples, WeightedSum
 from difftilt.rewards.classifier import ClassifierReward
+from difftilt.rewards.protocol import Reward
 from difftilt.sampling.kernels import Euler
 from difftilt.sampling.noise import Apart, Noise
 from difftilt.sampling.protocol import Kernel
 from difftilt.sampling.rollout import sample_by_kernel, start_state
 from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
+from difftilt.steering.budget import Budget
 from difftilt.steering.protocol import Fitted, Steered, Steerer
 from difftilt.steering.pruning import Schedule, budget_curve, replay
 from difftilt.steering.selection import fused, survivors
 from difftilt.steering.ttsnap import TTSnap, TTSnapConfig
+from difftilt.steering.within import steer_within
 from difftilt.testbeds.digits import Config as DigitsConfig
 from difftilt.testbeds.digits import Digits
 from difftilt.training.protocol import Task
@@ -445,3 +448,34 @@ def test_what_a_user_can_get_wrong() -> None:
     for wrong in ({"particles": 0}, {"value": "rollout"}, {"images": 0}, {"learning_rate": 0.0}):
         with pytest.raises(ValidationError):
             TTSnapConfig.model_validate(wrong)
+
+
+def test_rounds_of_a_budget_are_judged_by_the_same_ranks() -> None:
+    """The total is all x, which is large; by ranks y counts as much, among the finished samples of all rounds."""
+    task = small()
+    parts: dict[str, Reward] = {
+        "x": FunctionReward("x", lambda s: 100 * s.media[:, 0]),
+        "y": FunctionReward("y", lambda s: s.media[:, 1]),
+    }
+    reward, prompts = WeightedSum(parts, {"x": 1.0, "y": -2.0}), ["", ""]
+    own = {"particles": 6, "value": "posterior_mean", "prune_steps": (3,), "keep": (0.5,)}
+    found: dict[str, Steered] = {}
+    for fusion in ("ranks", "total"):
+        steerer = TTSnap(TTSnapConfig.model_validate({**own, "fusion": fusion}))
+        model = denoiser(task.model)
+        found[fusion] = steer_within(
+            steerer, task, model, reward, prompts, Noise(0), budget=Budget(nfe=4 * steerer.price(8).nfe)
+        )
+    by_ranks = found["ranks"]
+    assert len(by_ranks.x_0) == 2 * 4 * 3
+    for prompt in (0, 1):
+        mine = (by_ranks.group == prompt).nonzero()[:, 0]
+        x, y = (by_ranks.components[name][mine].argsort().argsort() for name in ("x", "y"))
+        assert int(by_ranks.best[prompt]) == int(mine[(x + (len(mine) - 1 - y)).argmax()])
+        assert float(by_ranks.weight[by_ranks.best[prompt]]) == 1.0
+        assert float(by_ranks.weight[mine].sum()) == 1.0
+        mine = (found["total"].group == prompt).nonzero()[:, 0]
+        assert int(found["total"].best[prompt]) == int(mine[found["total"].rewards[mine].argmax()])
+    # and that is another choice than the best total
+    highest = [int(by_ranks.rewards[by_ranks.group == prompt].argmax()) + 12 * prompt for prompt in (0, 1)]
+    assert by_ranks.best.tolist() != highest

@@ -15,6 +15,7 @@ from difftilt.checks.fk_steering import Truth, ring_truth, sequence_truth, z_sco
 from difftilt.errors import GuardError, RewardError, UserError
 from difftilt.models.denoiser import NetworkDenoiser, denoiser
 from difftilt.models.ledger import Ledger
+from difftilt.recipes import load_recipe
 from difftilt.rewards import FunctionReward, Masked, WeightedSum
 from difftilt.rewards.masked import parts_masked
 from difftilt.rewards.protocol import Samples
@@ -292,6 +293,44 @@ def test_a_recipe_names_its_own_parts() -> None:
     settings: dict[str, Any] = {"steerer.particles": 3}
     bounded = difftilt.steer("mixtures/best-of-n", prompts=[""], budget={"reward_calls": 3}, **settings)
     assert len(bounded.steered.x_0) == 3
+
+
+@pytest.mark.parametrize("chosen", [[], ["steerer.particles=3"]])
+def test_a_written_recipe_gives_the_same_run_again(tmp_path: Path, chosen: list[str]) -> None:
+    """A number that follows from the budget follows again; a chosen one, the default among them, is repeated."""
+    tight = ["testbed.steps=4", "steering.budget.nfe=30", *chosen]
+    values = {"testbed": {"name": "mixtures"}, "steerer": {"name": "best-of-n"}}
+    first = difftilt.steer(values, output=tmp_path / "first", overrides=tight)
+    again = difftilt.steer(tmp_path / "first" / "config.yaml", output=tmp_path / "again")
+    assert torch.equal(first.steered.x_0, again.steered.x_0)
+    assert first.steered.ledger == again.steered.ledger
+    written = [(tmp_path / name / "config.yaml").read_text() for name in ("first", "again")]
+    assert written[0] == written[1]
+    assert ("particles:" in written[0]) == bool(chosen)
+    count = len(difftilt.steer(values, overrides=["testbed.steps=4"]).steered.x_0)
+    assert len(first.steered.x_0) // len(first.prompts) == (6 if chosen else 7) != count // len(first.prompts)
+
+
+def test_a_typed_recipe_still_knows_what_nobody_chose(tmp_path: Path) -> None:
+    values = {"testbed": {"name": "mixtures", "steps": 4}, "steerer": {"name": "best-of-n"}}
+    typed = load_recipe(values)
+    tight = Budget(nfe=30)
+    found = [difftilt.steer(one, budget=tight).steered.x_0 for one in (typed, values)]
+    assert torch.equal(*found)
+    assert len(found[0]) == 7 * len(typed.testbed.build().task().heldout_prompts)
+    plain = difftilt.steer(typed, output=tmp_path / "plain")
+    # without a budget the default is what ran, and is written down
+    default = BestOfNConfig().particles
+    assert f"particles: {default}" in (tmp_path / "plain" / "config.yaml").read_text()
+    assert len(plain.steered.x_0) == default * len(plain.prompts)
+    assert load_recipe(typed.resolved()) == replace(typed, source="the recipe")
+
+
+def test_a_call_of_objects_writes_down_no_number_that_the_budget_found(tmp_path: Path) -> None:
+    task = ring_truth().task
+    for name, tight in (("tight", Budget(nfe=64)), ("free", None)):
+        difftilt.steer(task, prompts=[""], method="best-of-n", output=tmp_path / name, budget=tight)
+        assert ("particles:" in (tmp_path / name / "config.yaml").read_text()) == (name == "free")
 
 
 def test_rounds_of_one_sample_are_no_search() -> None:

@@ -20,6 +20,7 @@ from difftilt.recipes import load_recipe
 from difftilt.recipes.building import build_task
 from difftilt.rewards import Corrected, as_reward
 from difftilt.rewards.protocol import Samples
+from difftilt.sampling.solvers import Heun
 from difftilt.training.offline import load_data
 from difftilt.training.protocol import Task
 from training_runs import without_pictures
@@ -156,6 +157,7 @@ def test_a_reward_that_fails_loses_no_part(tmp_path: Path, monkeypatch: pytest.M
         ({"dimension": 3}, "shape"),
         ({"steps": 4}, "drawn in 3 steps, the task's sampler has 4"),
         ({"shift": 2.0}, "at other times"),
+        ({"process": "vp"}, "drawn under RectifiedFlow .*, the task's is VariancePreserving"),
         ({"reward": "linear"}, "'distance', the task's reward is 'linear'"),
         ({"centre": [0.0, 0.0]}, "configured differently"),
         ({"classes": 3}, "'class 2'"),
@@ -166,11 +168,15 @@ def test_data_of_another_task_are_refused(testbed: dict[str, Any], message: str,
         load_data(made, task(**testbed))
 
 
-def test_data_sets_of_the_version_before_are_read_and_refused_as_they_were(made: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:data .* are of version [12]")
+def test_data_sets_of_versions_before_are_read_and_refused_as_they_were(made: Path, tmp_path: Path) -> None:
     for name in ("manifest.json", "data.safetensors"):
         (tmp_path / name).write_bytes((made / name).read_bytes())
-    changed(tmp_path, lambda values: values.update(version=1, weights=fingerprint(task().model.network, None)))
-    load_data(tmp_path, task())
+    changed(
+        tmp_path, lambda values: values.update(version=1, drawn=None, weights=fingerprint(task().model.network, None))
+    )
+    with pytest.warns(UserWarning, match=r"version 1, which does not say by which process.*was not checked"):
+        load_data(tmp_path, task())
     with pytest.raises(UserError, match="other weights"):
         load_data(tmp_path, task(seed=1))
     # no tensor of this model is large: only where fewer values are read do the two kinds of hash differ
@@ -192,6 +198,36 @@ def test_data_of_another_guidance_are_refused_and_the_seed_does_not_matter(made:
     guided = replace(on, sampler=replace(on.sampler, guidance=2.0, grid=uniform_grid(4)))
     with pytest.raises(UserError, match=r"in 3 steps.*has 4\n.*with guidance 1, the task has 2"):
         load_data(tmp_path, guided)
+
+
+def test_data_that_were_drawn_otherwise_are_refused(made: Path) -> None:
+    on = task()
+
+    def other(**changes: Any) -> Task:
+        return replace(on, model=replace(on.model, **changes))
+
+    with pytest.raises(UserError, match="prompts were encoded otherwise"):
+        load_data(made, other(encode=lambda texts: on.model.encode([on.prompts[1] for _ in texts])))
+    with pytest.raises(UserError, match="was read as velocity, the task's as epsilon"):
+        load_data(made, other(output="epsilon"))
+    heun = replace(on, sampler=replace(on.sampler, solver=Heun()))
+    with pytest.raises(UserError, match=r"drawn by EulerSolver\(\), the task's sampler is Heun\(\)"):
+        load_data(made, heun)
+    with pytest.raises(UserError, match="the task's sampler is FlowSDE"):
+        load_data(made, replace(on, sampler=replace(on.sampler, solver=None)))
+
+
+@pytest.mark.parametrize("name", ["crd", "dragon", "prdp", "flow-grpo"])
+def test_methods_that_read_no_data_refuse_them(name: str, made: Path, tmp_path: Path) -> None:
+    values = {**RECIPE, "method": {"name": name}, "data": str(made)}
+    with pytest.raises(UserError, match=f"data: {name} draws its own samples"):
+        difftilt.train(values, tmp_path / "run")
+
+
+def test_steps_of_groups_that_are_drawn_already_are_refused(made: Path, tmp_path: Path) -> None:
+    values = {**RECIPE, "method": {**RECIPE["method"], "steps": 5}, "data": str(made)}
+    with pytest.raises(UserError, match=r"method\.steps = 5 says how groups are drawn"):
+        difftilt.train(values, tmp_path / "run")
 
 
 @pytest.mark.parametrize("killed_at", ["plan.json", "parts"])

@@ -9,6 +9,7 @@ from difftilt.checks.fk_steering import ring_truth, sequence_reward, sequence_tr
 from difftilt.models.denoiser import denoiser
 from difftilt.models.ledger import Ledger
 from difftilt.models.markov import MarkovPosterior
+from difftilt.models.process_reward import ProcessReward
 from difftilt.process.gaussian import GaussianProcess
 from difftilt.rewards import FunctionReward
 from difftilt.sampling.noise import Noise
@@ -26,7 +27,6 @@ from difftilt.values import (
     Rollout,
     Rows,
     SampledX0,
-    ValueNetwork,
     fit_value,
     regression_loss,
 )
@@ -123,7 +123,7 @@ def test_a_fitted_value_is_nearer_to_the_soft_value_than_the_posterior_mean() ->
     process, mixture = cast(GaussianProcess, task.model.process), ring_mixture()
     index = torch.arange(8192)
     x_0 = mixture.sample(Noise(1).normal(index, (3,), purpose="data"))
-    network = ValueNetwork((2,), seed=0)
+    network = ProcessReward((2,), seed=0)
     fit_value(network, process, x_0, x_0[:, 0], Noise(2), temperature=temperature, updates=1200)
     t = Noise(3).uniform(torch.arange(512), (), purpose="time") * 0.8 + 0.1
     x_t = process.corrupt(x_0[:512], t, Noise(3).normal(torch.arange(512), (2,), purpose="noise"))
@@ -135,7 +135,7 @@ def test_a_fitted_value_is_nearer_to_the_soft_value_than_the_posterior_mean() ->
 
 
 def test_a_value_network_reads_tokens() -> None:
-    network = ValueNetwork((6,), vocab=4)
+    network = ProcessReward((6,), symbols=4)
     x = torch.tensor([[0, 3, 2, 2, 3, 1], [0, 1, 2, 2, 3, 1]])
     found = Learned(network)(x, torch.full((2,), 0.5), None, None, rows(2))
     assert found.shape == (2,)

@@ -12,14 +12,15 @@ from difftilt.errors import UserError
 from difftilt.evaluation.arena.records import ArenaResult
 from difftilt.evaluation.arena.run import compare_arena
 from difftilt.evaluation.report.page import write_report
-from difftilt.models.protocol import GenerativeModel
 from difftilt.recipes.building import build_reward, build_task, laws_of, require
-from difftilt.recipes.calls import Scored, call_of_objects, call_of_recipe, run_call
+from difftilt.recipes.calls import call_of_objects, call_of_recipe, run_call
 from difftilt.recipes.collecting import collect_groups
 from difftilt.recipes.directory import CONFIG, check_free, check_output, run_directory
 from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe, run_of
+from difftilt.recipes.exporting import export_checkpoint, export_result
 from difftilt.recipes.fitting import FitResult, fit_recipe
 from difftilt.recipes.schema import Recipe, load_recipe
+from difftilt.recipes.sources import Object, Scored, is_object, recipe_of_objects, task_of
 from difftilt.recipes.steered import SteerResult
 from difftilt.rewards.protocol import Reward
 from difftilt.rewards.served.server import RewardServer
@@ -30,7 +31,7 @@ from difftilt.steering.protocol import Anytime, Progress, Steerer
 from difftilt.training.logs import told_if_full
 from difftilt.training.loop import Hook, TrainResult, train_task
 from difftilt.training.offline import Manifest
-from difftilt.training.protocol import Method, Task
+from difftilt.training.protocol import Method
 from difftilt.training.world import join_world
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
@@ -38,9 +39,15 @@ RecipeLike = str | Path | Mapping[str, Any] | Recipe
 
 
 def train(
-    recipe: RecipeLike,
+    source: RecipeLike | Object,
     output: str | Path,
     *,
+    reward: Scored | None = None,
+    prompts: Sequence[str] | None = None,
+    heldout_prompts: Sequence[str] | None = None,
+    method: str | Mapping[str, Any] | None = None,
+    sampler: Sampler | None = None,
+    pipeline: Mapping[str, Any] | None = None,
     resume: bool = False,
     hooks: Sequence[Hook] = (),
     overrides: Sequence[str] = (),
@@ -48,9 +55,18 @@ def train(
 ) -> TrainResult:
     """Fine-tune a model.
 
+    ``train("mixtures/flow-grpo", "runs/ring")`` or ``train(pipe, "runs/cats", reward=function, prompts=["a cat"],
+    method="flow-grpo", pipeline={"steps": 10}, iterations=50)``. The weights of a model that is given are moved.
+
     Args:
-        recipe: what to run.
+        source: what a recipe can be given as, or a task, a model, or a pipeline of ``diffusers``.
         output: run directory; new, or with ``resume`` the one of the same run.
+        reward: of an object: a reward, or a function of samples that returns one score for each.
+        prompts: of an object: what to train on.
+        heldout_prompts: of an object: what to evaluate on; None evaluates on the training prompts.
+        method: of an object: name of a method, or its section of a recipe; None is ``flow-grpo``.
+        sampler: of an object: grid and kernel in place of its own.
+        pipeline: options of a pipeline, see ``difftilt describe pipeline``.
         resume: go on from the newest checkpoint in ``output``.
         hooks: called after every iteration with its row of metrics and the verdicts of the monitors.
         overrides: ``dotted.key=value``, as on the command line.
@@ -59,16 +75,24 @@ def train(
     Raises:
         UserError: for everything that is wrong before any work is done.
     """
-    typed, directory, world = _typed(recipe, overrides, settings), Path(output), join_world()
+    given = {"reward": reward, "prompts": prompts, "heldout_prompts": heldout_prompts, "method": method}
+    given |= {"sampler": sampler, "pipeline": pipeline}
+    if is_object(source):
+        task = task_of(source, reward, prompts, heldout_prompts, sampler, pipeline)
+        typed = recipe_of_objects(task, method or "flow-grpo", _overrides(overrides, settings), pipeline)
+    else:
+        _refuse(given)
+        typed = _typed(cast(RecipeLike, source), overrides, settings)
+    directory, world = Path(output), join_world()
     part = require(typed, "method")
     if world.main:
         check_output(directory, typed, resume=resume)
     world.barrier()  # no process may create the directory before the main one has looked
     task = build_task(typed)
-    method = cast(Method, part.build(task))
+    algorithm = cast(Method, part.build(task))
     with run_directory(directory, typed, resume=resume, writes=world.main):
         return train_task(
-            task, method, typed.training, directory, laws=laws_of(part), resume=resume, hooks=hooks, world=world
+            task, algorithm, typed.training, directory, laws=laws_of(part), resume=resume, hooks=hooks, world=world
         )
 
 
@@ -103,13 +127,14 @@ def fit(
 
 
 def steer(
-    source: RecipeLike | Task | GenerativeModel,
+    source: RecipeLike | Object,
     reward: Scored | None = None,
     prompts: Sequence[str] | None = None,
     *,
     method: str | Steerer | Anytime | None = None,
     budget: Budget | Mapping[str, Any] | None = None,
     sampler: Sampler | None = None,
+    pipeline: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
     overrides: Sequence[str] = (),
@@ -121,12 +146,13 @@ def steer(
     ``steer("digits/fk-steering")``.
 
     Args:
-        source: a model, a task, or what a recipe can be given as.
+        source: a model, a task, a pipeline of ``diffusers``, or what a recipe can be given as.
         reward: a reward, or a function of samples that returns one score for each; None takes the task's.
         prompts: what to sample for, all in one batch; None takes the held-out prompts of the task.
         method: name of a steerer, ``module:Class``, or a steerer; a recipe names its own.
         budget: what the call may spend, ``nfe`` and ``reward_calls`` for each prompt, ``seconds`` for the whole.
         sampler: grid and kernel in place of the task's; a model alone takes 50 stochastic steps.
+        pipeline: options of a pipeline, see ``difftilt describe pipeline``.
         output: new directory for ``config.yaml``, ``result.json``, ``samples.safetensors`` and a picture; None writes
             nothing.
         progress: called after every step with its number, the number of steps and the effective sample sizes.
@@ -144,17 +170,15 @@ def steer(
         check_free(Path(output))
     if budget is not None:
         settings |= {"budget": budget.model_dump() if isinstance(budget, Budget) else dict(budget)}
-    if isinstance(source, Task | GenerativeModel):
+    if is_object(source):
         if overrides:
             raise UserError("overrides change a recipe; give the settings of a steerer by keyword")
-        call = call_of_objects(source, reward, prompts, method or "fk-steering", sampler, settings)
+        call = call_of_objects(source, reward, prompts, method or "fk-steering", sampler, settings, pipeline)
     else:
-        given = {"method": method, "sampler": sampler, "reward": reward}
-        for name in [name for name, value in given.items() if value is not None]:
-            raise UserError(f"{name} belongs to a model or a task; this recipe names its own: override it there")
+        _refuse({"method": method, "sampler": sampler, "reward": reward, "pipeline": pipeline})
         chosen = {f"steering.{key}" if key == "budget" else key: value for key, value in settings.items()}
         chosen |= {} if prompts is None else {"steering.prompts": list(prompts)}
-        call = call_of_recipe(_typed(source, overrides, chosen))
+        call = call_of_recipe(_typed(cast(RecipeLike, source), overrides, chosen))
     result = run_call(call, progress)
     if output is not None:
         result.save(call.config, Path(output))
@@ -211,6 +235,30 @@ def evaluate(
     run = run_of(checkpoint)
     (progress or _silent)(f"{checkpoint.name.replace('_', ' ')} of {run}")
     return evaluate_recipe(_typed(run / CONFIG, overrides, settings), checkpoint)
+
+
+def export(what: str | Path | TrainResult, output: str | Path, *, role: str | None = None) -> Path:
+    """Write trained weights as the model's own library loads them, with a model card and the recipe beside them.
+
+    Of a pipeline of ``diffusers`` a LoRA becomes ``pytorch_lora_weights.safetensors``, for ``pipe.load_lora_weights``,
+    and a folder ``peft``; all weights become a whole pipeline. Of other models a LoRA becomes a ``peft`` folder.
+
+    Args:
+        what: a run directory, whose newest checkpoint is taken, one of its checkpoints, or what :func:`train` returned
+            (the only way where the model was given as an object).
+        output: new directory.
+        role: whose weights; None takes those that the method's evaluations measure.
+
+    Raises:
+        UserError: if there is no such run or role, or ``output`` is not free.
+    """
+    check_free(Path(output))
+    if isinstance(what, TrainResult):
+        return export_result(what, role, Path(output))
+    checkpoint = checkpoint_of(Path(what))
+    if checkpoint is None:
+        raise UserError(f"export: {what} is no run directory and no checkpoint of one")
+    return export_checkpoint(checkpoint, role, Path(output))
 
 
 def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -294,5 +342,15 @@ def check(names: Iterable[str] = (), quick: bool = False) -> list[Result]:
 
 
 def _typed(recipe: RecipeLike, overrides: Sequence[str], settings: Mapping[str, object]) -> Recipe:
-    values = recipe.resolved() if isinstance(recipe, Recipe) else recipe
-    return load_recipe(values, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())])
+    values = recipe.open() if isinstance(recipe, Recipe) else recipe
+    return load_recipe(values, _overrides(overrides, settings))
+
+
+def _overrides(overrides: Sequence[str], settings: Mapping[str, object]) -> Sequence[str]:
+    return [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
+
+
+def _refuse(given: Mapping[str, object]) -> None:
+    """Refuse what belongs to an object where a recipe was given."""
+    for name in [name for name, value in given.items() if value is not None]:
+        raise UserError(f"{name} belongs to a model or a task; this recipe names its own: override it there")

@@ -174,6 +174,19 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run, or RUN/checkpoints/step_N.")],
+    output: Annotated[Path, typer.Option(help="New directory for the weights, a model card and the recipe.")],
+    role: Annotated[str | None, typer.Option(help="Whose weights; default: those that are evaluated.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write trained weights as the model's own library loads them: a LoRA, or all of them."""
+    from difftilt import api
+
+    sys.stdout.write(f"{api.export(run, output, role=role)}\n")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories written by train or steer.")],
     output: Annotated[

@@ -8,6 +8,7 @@ import difflib
 import importlib
 import importlib.metadata
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -90,7 +91,8 @@ def import_module(module: str, user: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = error.name or module
-        if missing == module or module.startswith(f"{missing}."):
+        foreign = missing == module or module.startswith(f"{missing}.")
+        if foreign and _extra(missing) is None:
             raise UserError(f"{user}: there is no module {missing!r} on the Python path") from error
         if missing.partition(".")[0] == "difftilt":
             raise  # a fault of ours, which no installation cures
@@ -122,6 +124,16 @@ def _module(file: Path) -> str:
     return ".".join(("difftilt", *file.relative_to(PACKAGE).with_suffix("").parts))
 
 
+def card_of(entry: object) -> Card | None:
+    """The card of the leaf in whose file a class, a function, or an object's class or a parent stands; or None."""
+    kinds = entry.__mro__ if isinstance(entry, type) else (entry, *type(entry).__mro__)
+    for kind in kinds:
+        card = getattr(sys.modules.get(getattr(kind, "__module__", "")), "CARD", None)
+        if isinstance(card, Card):
+            return card
+    return None
+
+
 def _entry(module: Any, entry: str, where: str) -> Callable[..., Any]:
     found = getattr(module, entry, None)
     if not callable(found):
@@ -132,13 +144,19 @@ def _entry(module: Any, entry: str, where: str) -> Callable[..., Any]:
 
 def _remedy(missing: str) -> str:
     """How to install a package: by the extra that offers it where there is one."""
+    extra = _extra(missing)
+    return f"pip install {missing.partition('.')[0]}" if extra is None else f"pip install 'difftilt[{extra}]'"
+
+
+def _extra(missing: str) -> str | None:
+    """The first extra that offers a package."""
     wanted = _normal(missing.partition(".")[0])
     for line in importlib.metadata.requires("difftilt") or []:
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", line)
         name = re.match(r"[\w.-]+", line)
         if extra and name and _normal(name[0]) == wanted:
-            return f"pip install 'difftilt[{extra[1]}]'"
-    return f"pip install {missing.partition('.')[0]}"
+            return extra[1]
+    return None
 
 
 def _normal(name: str) -> str:

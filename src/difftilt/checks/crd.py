@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difftilt.checks.proof import Proof
-from difftilt.checks.trial import loop_of, scatter, trained, with_reward
+from difftilt.checks.trial import loop_of, minimise, scatter, trained, with_reward
 from difftilt.objectives.centred import Baselines, cell_baselines, centred_loss
 from difftilt.rewards.base import as_reward
 from difftilt.rewards.protocol import Samples
@@ -29,23 +29,23 @@ def table_gaps(cells: Cells) -> Float[Tensor, " tables"]:
 
     The rewards of the second prompt are moved by 10. The log-ratio to a random prior is the implicit reward, exactly;
     pi* is the prior times exp(r/beta). Averages are per prompt, over both prompts of a table, or there are none. Adam
-    moves every entry on its own, so four tables at once are four runs; 3000 steps from the prior.
+    moves every entry on its own, so four tables at once are four runs; 3000 steps from the prior, at a falling rate.
     """
     generator = torch.Generator().manual_seed(0)
     rewards = torch.rand(4, 2, 6, generator=generator).double() + torch.tensor([0.0, 10.0])[:, None]
     prior = torch.randn(4, 2, 6, generator=generator).double().log_softmax(2)
     logits = prior.clone().requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=0.02)
     flat, place = rewards.reshape(-1), torch.arange(48)
-    for _ in range(3000):
+
+    def loss() -> Tensor:
         implicit = (logits.log_softmax(2) - prior).reshape(-1)
         if cells == "none":
             baselines = Baselines(torch.zeros(48, 1).double(), torch.zeros(48, 1).double())
         else:
             baselines = cell_baselines(implicit, flat, flat, place // (6 if cells == "prompt" else 12))
-        optimizer.zero_grad()
-        centred_loss(implicit, flat, baselines, beta=TEMPERATURE).sum().backward()
-        optimizer.step()
+        return centred_loss(implicit, flat, baselines, beta=TEMPERATURE).sum()
+
+    minimise(logits, loss, lr=0.02, steps=3000)
     exact = (prior + rewards / TEMPERATURE).log_softmax(2)
     return (exact.exp() * (exact - logits.detach().log_softmax(2))).sum(2).amax(1)
 

@@ -69,11 +69,11 @@ def sum_value(temperature: float) -> Statistic:
     return reduce
 
 
-def planted(steerer: DTS | DTSStar, task: Task, runs: int) -> Search:
+def planted(steerer: DTS | DTSStar, task: Task, runs: int, seed: int = 0) -> Search:
     """So many trees that are roots alone."""
     rule, statistic, model = steerer.rule, steerer.statistic, denoiser(task.model)
     prompts = [task.heldout_prompts[0]] * runs
-    return Search.begin(steerer.config, rule, statistic, task, model, task.reward, prompts, Noise(0))
+    return Search.begin(steerer.config, rule, statistic, task, model, task.reward, prompts, Noise(seed))
 
 
 @dataclass(frozen=True)
@@ -214,20 +214,74 @@ def rare_tree() -> dict[int, float]:
     return {calls: float(reward.mean()) for calls, reward in best.items()}
 
 
-@cache
+@dataclass(frozen=True)
+class Trees:
+    """Trees of several runs on tokens: the law of each over all sequences, and its effective number of samples."""
+
+    laws: Float[Tensor, "runs sequences"]
+    effective: Float[Tensor, " runs"]
+
+    @property
+    def distance(self) -> float:
+        """Mean total variation to the enumerated tilted law."""
+        law = sequence_truth().law
+        return sum(float(total_variation(one, law)) for one in self.laws) / len(self.laws)
+
+    @property
+    def independent(self) -> float:
+        """The distance expected of as many independent samples of the tilted law."""
+        law = sequence_truth().law
+        return sum(sampled_distance(law, round(number)) for number in self.effective.tolist()) / len(self.laws)
+
+
+def sampled_distance(law: Law, samples: int) -> float:
+    """Expected total variation between a law and n samples of it, exact: half the sum of the mean deviations.
+
+    That of a binomial is E|K/n - p| = 2·m·(1 - p)·P(K = m)/n with m = ⌊n·p⌋ + 1 (de Moivre).
+    """
+    n, m = float(samples), (samples * law).floor() + 1
+    log_mass = torch.distributions.Binomial(samples, probs=law).log_prob(m.clamp(max=n))
+    deviation = torch.where(m <= n, 2 * m * (1 - law) * log_mass.exp() / n, 0.0)
+    return float(deviation.sum() / 2)
+
+
 @torch.no_grad()
-def sequence_runs() -> dict[int, float]:
-    """Mean total variation of 5 trees to the enumerated tilted law after so many rollouts; all mask is the root."""
-    truth, runs = sequence_truth(), 5
-    search = planted(DTS(DTSConfig(rollouts=3200, temperature=truth.temperature)), truth.task, runs)
-    found: dict[int, float] = {}
-    for rollouts in (50, 200, 800, 3200):
+def sequence_trees(at: Sequence[int], runs: int, batch: int = 8, seed: int = 0, backup: Backup = "mean") -> list[Trees]:
+    """Trees from all mask after each number of rollouts of ``at``."""
+    truth = sequence_truth()
+    config = DTSConfig(rollouts=at[-1], batch=batch, temperature=truth.temperature)
+    statistic = None if backup == "mean" else sum_value(truth.temperature)
+    search, found = planted(DTS(config, statistic=statistic), truth.task, runs, seed), list[Trees]()
+    for rollouts in at:
         while search.done < rollouts:
-            search.advance(min(8, rollouts - search.done))
-        laws = [leaf_law(search, root) for root in range(runs)]
-        each = [histogram(truth.outcome(x), len(truth.law), law) for x, law, _ in laws]
-        found[rollouts] = sum(float(total_variation(one, truth.law)) for one in each) / runs
+            search.advance(min(batch, rollouts - search.done))
+        leaves = [leaf_law(search, root) for root in range(runs)]
+        laws = torch.stack([histogram(truth.outcome(x), len(truth.law), law) for x, law, _ in leaves])
+        found.append(Trees(laws, torch.stack([1 / law.square().sum() for _, law, _ in leaves])))
     return found
+
+
+@cache
+def sequence_runs() -> dict[int, Trees]:
+    """Five trees."""
+    at = (50, 200, 800, 3200)
+    return dict(zip(at, sequence_trees(at, 5), strict=True))
+
+
+def same_law(batch: int, other: int, backup: Backup = "mean", runs: int = 40, rollouts: int = 200) -> float:
+    """Probability of a larger distance between the mean laws of two sets of trees if all had one law.
+
+    A permutation test: if batches made no difference, it would not matter which trees belong to which set. 1000
+    relabellings; the sets have noise of their own.
+    """
+    (first,) = sequence_trees((rollouts,), runs, batch)
+    (second,) = sequence_trees((rollouts,), runs, other, seed=1, backup=backup)
+    every = torch.cat([first.laws, second.laws])
+    order = torch.rand(1000, 2 * runs, generator=torch.Generator().manual_seed(0)).argsort(1)
+    order[0] = torch.arange(2 * runs)  # as they are: a permutation like the others
+    half = torch.zeros(1000, 2 * runs, dtype=torch.float64).scatter_(1, order[:, :runs], 1.0) / runs
+    distance = ((2 * half - 1 / runs) @ every).abs().sum(1)  # twice the total variation between the means
+    return float((distance >= distance[0] - 1e-12).double().mean())
 
 
 PROOFS = (
@@ -281,6 +335,12 @@ PROOFS = (
         long=True,
     ),
     Proof(
+        "ring, 8 steps, 3200 rollouts: distance (TV) to the tilted law (the base: 0.47)",
+        lambda: _long(8, "mean")[3200].distance,
+        at_most=0.14,
+        long=True,
+    ),
+    Proof(
         "ablation: at 8 steps log sum exp does not come nearer (distance at 3200 rollouts over that at 200)",
         lambda: _long(8, "sum")[3200].distance / _long(8, "sum")[200].distance,
         at_least=0.9,
@@ -312,8 +372,34 @@ PROOFS = (
     ),
     Proof(
         "six tokens over three symbols, all mask as the root: the distance to the enumerated law falls (3200 over 200)",
-        lambda: sequence_runs()[3200] / sequence_runs()[200],
+        lambda: sequence_runs()[3200].distance / sequence_runs()[200].distance,
         at_most=0.6,
+        long=True,
+    ),
+    Proof(
+        "six tokens, 3200 rollouts: distance (TV) of one tree to the enumerated law (the base, without tree: 0.438)",
+        lambda: sequence_runs()[3200].distance,
+        at_most=0.438,
+        long=True,
+    ),
+    Proof(
+        "six tokens, 3200 rollouts: that distance over the one expected of as many independent samples of the law as "
+        "the tree has effective ones",
+        lambda: sequence_runs()[3200].distance / sequence_runs()[3200].independent,
+        at_most=1.0,
+        long=True,
+    ),
+    Proof(
+        "six tokens, 200 rollouts, 40 trees each, one rollout at a time against 8 under way: probability of a larger "
+        "distance between their mean laws if both had one law",
+        lambda: same_law(1, 8),
+        at_least=0.01,
+        long=True,
+    ),
+    Proof(
+        "ablation: the same test tells trees with log sum exp in the backup from the others",
+        lambda: same_law(8, 8, "sum"),
+        at_most=0.01,
         long=True,
     ),
 )

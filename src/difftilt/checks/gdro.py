@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difftilt.checks.proof import Proof
-from difftilt.checks.trial import trained, with_reward
+from difftilt.checks.trial import minimise, trained, with_reward
 from difftilt.models.roles import CopiedRoles
 from difftilt.objectives.ranking import Suffixes, best_members, suffix_cross_entropy
 from difftilt.rewards.protocol import Samples
@@ -83,14 +83,12 @@ def tabular(tau: float, suffixes: Suffixes, target_tau: float = 0.5) -> tuple[fl
     rewards = noise.uniform(table, (6,), purpose="rewards").double()
     group = table.repeat_interleave(6)
     logits = reference.clone().requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=0.3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
-    for _ in range(600):
-        optimizer.zero_grad()
+
+    def loss() -> Tensor:
         scores = (logits.log_softmax(1) - reference).reshape(-1)
-        suffix_cross_entropy(scores, rewards.reshape(-1), group, tau=tau, suffixes=suffixes).sum().backward()
-        optimizer.step()
-        schedule.step()
+        return suffix_cross_entropy(scores, rewards.reshape(-1), group, tau=tau, suffixes=suffixes).sum()
+
+    minimise(logits, loss, lr=0.3, steps=600)
     policy = logits.detach().log_softmax(1)
     target = (reference + rewards / target_tau).log_softmax(1)
     divergence = (target.exp() * (target - policy)).sum(1)

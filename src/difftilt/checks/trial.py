@@ -29,6 +29,17 @@ def with_reward(task: Task, score: Callable[[Samples], Tensor]) -> Task:
     return replace(task, reward=as_reward(score, name="proof"))
 
 
+def minimise(parameter: Tensor, loss: Callable[[], Tensor], lr: float, steps: int) -> None:
+    """Full-batch Adam in place, its rate falling to 0 by a cosine: at a constant one it circles the minimum."""
+    optimizer = torch.optim.Adam([parameter], lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        schedule.step()
+
+
 def perturbed(task: Task, scale: float = 0.05) -> Task:
     """The task with every weight of its network moved at random, so that a gradient reaches all of them."""
     generator = torch.Generator().manual_seed(0)

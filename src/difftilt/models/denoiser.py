@@ -1,12 +1,12 @@
 """A network bound to its process: classifier-free guidance in one pass, the ledger, one padded forward shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from difftilt.errors import UserError
 from difftilt.models.ledger import Ledger
@@ -173,5 +173,6 @@ def denoiser(
 
 def device_of(network: Network) -> torch.device:
     """Where the network's weights lie; the CPU for one without weights."""
-    weights = list(network.parameters()) if isinstance(network, nn.Module) else []
-    return weights[0].device if weights else torch.device("cpu")
+    parameters: Callable[[], Iterable[Tensor]] | None = getattr(network, "parameters", None)
+    first = None if parameters is None else next(iter(parameters()), None)
+    return torch.device("cpu") if first is None else first.device

@@ -21,16 +21,23 @@ def fingerprint(network: Network, read: int | None = READ) -> str:
     adapter, differ nearly everywhere. A change of a share f of one large tensor's values at random is overlooked with
     probability (1 - f)^read: 1e-18 for one value in a hundred, 0.02 for one in a thousand, and the k-th power of it
     where k tensors are changed alike. Weights that were changed by hand at a few places are not told from the original.
+    Adapters that lie beside the weights (LoRA of ``peft``) do not count: the fingerprint is that of the base model.
 
     Args:
         network: one without weights (a closed form) has the fingerprint of nothing.
         read: None reads every value.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()) if isinstance(network, nn.Module) else ():
+    for name, value in _base(network) if isinstance(network, nn.Module) else ():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
         digest.update(_some(value.detach(), read).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _base(network: nn.Module) -> list[tuple[str, Tensor]]:
+    """Names and tensors as they are without adapters: ``peft`` calls an adapted layer's own weights ``base_layer``."""
+    found = network.state_dict().items()
+    return sorted((name.replace(".base_layer.", "."), value) for name, value in found if ".lora_" not in name)
 
 
 def _some(value: Tensor, read: int | None) -> Shaped[Tensor, " values"]:

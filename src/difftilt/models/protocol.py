@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from jaxtyping import Float, Shaped
@@ -116,6 +117,10 @@ class Roles(Protocol):
         """The parameters an optimiser of ``role`` moves, in a fixed order."""
         ...
 
+    def held(self, role: str) -> "Weights":
+        """The weights of ``role``, to be written down."""
+        ...
+
     def stepped(self, role: str) -> None:
         """Note that an optimiser has moved the weights of ``role``."""
         ...
@@ -135,6 +140,23 @@ class Roles(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
+class Weights(Protocol):
+    """Weights of one role, to be written down."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network; with adapters, all of it."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is the role's own: everything, or one adapter, under the names of the layers."""
+        ...
+
+    def lora(self) -> dict[str, Any] | None:
+        """Settings of the adapter as ``peft`` writes them; None without one."""
+        ...
+
+
 @dataclass(frozen=True)
 class GenerativeModel:
     """A pretrained model as every method sees it: network, process, and the way in and out of its latent space.
@@ -148,6 +170,8 @@ class GenerativeModel:
         decode: latents (batch, *shape) -> media a reward may see; must keep gradients where the model has them.
         null_condition: batch size -> condition of the unconditional branch of guidance; None if untrained for it.
         dtype_tokens: True if latents are token indices (int64) rather than floats.
+        export: writes weights of the network into a folder as the model's own library loads them; None: it has none.
+        lora_targets: ends of the names of the layers that adapters go on by default; none: all linear ones.
     """
 
     network: Network
@@ -158,3 +182,5 @@ class GenerativeModel:
     decode: Callable[[Tensor], Tensor]
     null_condition: Callable[[int], Condition] | None = None
     dtype_tokens: bool = False
+    export: Callable[[Weights, Path], None] | None = None
+    lora_targets: tuple[str, ...] = ()

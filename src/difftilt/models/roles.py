@@ -4,36 +4,72 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from difftilt.errors import UserError
 from difftilt.leaves import nearest
-from difftilt.models.protocol import Frozen, Lagging, Network, RoleSpec
+from difftilt.models.protocol import Frozen, Lagging, Network, RoleSpec, Weights
 
 
 @dataclass
-class _Held:
-    """One role: its module, the version of its weights, and whether an optimiser may move them."""
+class Held:
+    """One role: a module, the version of its weights, and whether an optimiser may move them."""
 
     module: nn.Module
     version: int
     trained: bool
 
+    @property
+    def network(self) -> Network:
+        """What evaluates with these weights."""
+        return self.module
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is the role's own and is saved, by name."""
+        return self.module.state_dict()
+
+    def weights(self) -> set[str]:
+        """Names of the tensors that are parameters; the others are buffers."""
+        return {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Those with gradients, in the order of the module; none for frozen and lagging roles."""
+        return tuple(p for p in self.module.parameters() if p.requires_grad)
+
+    def copy(self, role: str, version: int, like: "Held | None" = None) -> "Held":
+        """The same weights for another role: trained exactly where ``like`` is, frozen if that is None."""
+        copied = _frozen(deepcopy(self.module))
+        if like is not None:
+            trainable = {name for name, value in like.module.named_parameters() if value.requires_grad}
+            for name, parameter in copied.named_parameters():
+                parameter.requires_grad_(name in trainable)
+        return Held(copied, version, trained=like is not None)
+
+    def lora(self) -> dict[str, Any] | None:
+        """Settings of the adapter that these weights are; None for whole networks."""
+        return None
+
+    def changed(self) -> None:
+        """Called when the tensors of a role that no optimiser moves have been written to."""
+
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors that are saved beside the roles, and must be the same where they are loaded."""
+        return {}
+
 
 class CopiedRoles:
-    """Implements ``Roles`` with one copy of the network per role.
+    """Implements ``Roles`` with one copy per role of what is trained: the network, or an adapter on it.
 
     ``current`` is the network itself, ``reference`` a frozen copy of it as it is now; the declared roles follow in
     their order. A role that brings a network of its own holds that very module. Roles that start as copies keep the
     precision and the training flag of their source; frozen and lagging ones have gradients switched off.
 
     Every role carries a version number. Copying hands on the number and ``stepped`` takes a new one, so ``same`` is
-    known without looking at weights. An implementation by adapters on one backbone keeps the same rules:
-    ``network(role)`` must return a callable that evaluates with the adapter of ``role`` whatever was evaluated before
-    (for ``reference``: adapters off), ``parameters`` the weights of that adapter only, and ``state_dict`` the adapters
-    only, under ``role/name``; blending and versions work on adapter weights as they do here on all weights.
+    known without looking at weights. With :func:`~difftilt.models.lora.adapted` the copies are adapters on one
+    backbone, and blending, versions and the saved state are those of adapter weights.
 
     Args:
         network: role ``current``; moved in place by its optimiser.
@@ -43,53 +79,48 @@ class CopiedRoles:
         UserError: if a name is taken, a source is unknown or comes later, or a trained role has nothing to start from.
     """
 
-    def __init__(self, network: nn.Module, specs: Mapping[str, RoleSpec] | None = None) -> None:
-        self._versions: Iterator[int] = count()
-        first = next(self._versions)
-        self._held: dict[str, _Held] = {
-            "current": _Held(network, first, trained=True),
-            "reference": _Held(_frozen(deepcopy(network)), first, trained=False),
-        }
+    def __init__(self, network: nn.Module | Held, specs: Mapping[str, RoleSpec] | None = None) -> None:
+        self._versions: Iterator[int] = count(1)
+        first = network if isinstance(network, Held) else Held(network, 0, trained=True)
+        self._held: dict[str, Held] = {"current": first, "reference": first.copy("reference", first.version)}
         for name, spec in (specs or {}).items():
             if name in self._held:
                 raise UserError(f"role {name!r} exists already: current and reference are always there")
             self._held[name] = self._make(name, spec)
 
-    def _make(self, name: str, spec: RoleSpec) -> _Held:
+    def _make(self, name: str, spec: RoleSpec) -> Held:
         trained = not isinstance(spec, Frozen | Lagging)
         if not isinstance(spec, Lagging) and spec.network is not None:
             module = spec.network if trained else _frozen(spec.network)
-            return _Held(module, next(self._versions), trained)
+            return Held(module, next(self._versions), trained)
         if spec.source is None:
             raise UserError(f"role {name!r} has neither a source nor a network of its own: give one of them")
         source = self._role(spec.source, f"the source of role {name!r}")
-        copied = deepcopy(source.module)
-        if not trained:
-            return _Held(_frozen(copied), source.version, trained=False)
         # a copy of a frozen role must be trainable again, exactly where the network itself is
-        trainable = {key for key, value in self._held["current"].module.named_parameters() if value.requires_grad}
-        for key, parameter in copied.named_parameters():
-            parameter.requires_grad_(key in trainable)
-        return _Held(copied, source.version, trained=True)
+        return source.copy(name, source.version, self._held["current"] if trained else None)
 
     @property
     def names(self) -> Sequence[str]:
         return tuple(self._held)
 
-    def _role(self, role: str, what: str = "the role") -> _Held:
+    def _role(self, role: str, what: str = "the role") -> Held:
         if role in self._held:
             return self._held[role]
         raise UserError(f"{what} is unknown: {role!r}; {nearest(role, self._held)}")
 
     def network(self, role: str) -> Network:
-        return self._role(role).module
+        return self._role(role).network
 
     def module(self, role: str) -> nn.Module:
         return self._role(role).module
 
     def parameters(self, role: str) -> Sequence[nn.Parameter]:
-        """Those with gradients, in the order of the module; none for frozen and lagging roles."""
-        return tuple(p for p in self._role(role).module.parameters() if p.requires_grad)
+        """Those with gradients, in a fixed order; none for frozen and lagging roles."""
+        return self._role(role).parameters()
+
+    def held(self, role: str) -> Weights:
+        """The weights of a role, to be written down."""
+        return self._role(role)
 
     def stepped(self, role: str) -> None:
         held = self._role(role)
@@ -110,26 +141,23 @@ class CopiedRoles:
             raise UserError(f"decay must be between 0 and 1, got {decay}")
         if target.version == origin.version or decay == 1:
             return
-        mine, theirs = target.module.state_dict(), origin.module.state_dict()
+        mine, theirs = target.tensors(), origin.tensors()
         if {key: value.shape for key, value in mine.items()} != {key: value.shape for key, value in theirs.items()}:
             raise UserError(f"roles {role!r} and {source!r} hold different networks: they cannot be blended")
-        parameters = {key for key, _ in target.module.named_parameters(remove_duplicate=False)}
+        parameters = target.weights()
         with torch.no_grad():
             for key, value in mine.items():
                 keep = decay if key in parameters else 0.0
                 value.copy_(theirs[key] if keep == 0 else _blended(value, theirs[key], keep))
         target.version = origin.version if decay == 0 else next(self._versions)
+        target.changed()
 
     def same(self, role: str, other: str) -> bool:
         return self._role(role).version == self._role(other).version
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all parameters and buffers of all roles."""
-        return {
-            f"{role}/{key}": value.detach().clone()
-            for role, held in self._held.items()
-            for key, value in held.module.state_dict().items()
-        }
+        """Copies of all tensors of all roles."""
+        return {key: value.detach().clone() for key, value in (self._constants() | self._tensors()).items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back every tensor; roles whose tensors are then equal bit for bit count as the same.
@@ -137,31 +165,38 @@ class CopiedRoles:
         Raises:
             UserError: if the tensors are not exactly those of these roles; nothing is changed then.
         """
-        expected = {
-            f"{role}/{key}": value
-            for role, held in self._held.items()
-            for key, value in held.module.state_dict().items()
-        }
-        missing, surplus = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+        constants, expected = self._constants(), self._tensors()
+        known = constants | expected
+        missing, surplus = sorted(known.keys() - state.keys()), sorted(state.keys() - known.keys())
         if missing or surplus:
             raise UserError(f"the saved roles do not fit: missing {missing[:3]}, not expected {surplus[:3]}")
-        for key, value in expected.items():
+        for key, value in known.items():
             if (value.shape, value.dtype) != (state[key].shape, state[key].dtype):
                 raise UserError(
                     f"saved tensor {key!r} is {tuple(state[key].shape)} {state[key].dtype}, "
                     f"expected {tuple(value.shape)} {value.dtype}"
                 )
+        for key, value in constants.items():
+            if not torch.equal(value, state[key].to(value.device)):
+                raise UserError(f"the saved roles are adapters on another base model ({key} differs): load that one")
         with torch.no_grad():
             for key, value in expected.items():
                 value.copy_(state[key])
         self._recognise()
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f"{role}/{key}": value for role, held in self._held.items() for key, value in held.tensors().items()}
+
+    def _constants(self) -> dict[str, Tensor]:
+        return self._held["current"].constants()
+
     def _recognise(self) -> None:
         """Number the versions anew: equal tensors, equal number. Exact, so done once after loading only."""
-        seen: list[_Held] = []
+        seen: list[Held] = []
         for held in self._held.values():
-            twin = next((other for other in seen if _equal(held.module, other.module)), None)
+            twin = next((other for other in seen if _equal(held, other)), None)
             held.version = next(self._versions) if twin is None else twin.version
+            held.changed()
             seen.append(held)
 
 
@@ -174,10 +209,10 @@ def _blended(mine: Tensor, theirs: Tensor, decay: float) -> Tensor:
     return torch.lerp(theirs.to(mine.device, wide), mine.to(wide), decay).to(mine.dtype)
 
 
-def _equal(module: nn.Module, other: nn.Module) -> bool:
-    mine, theirs = module.state_dict(), other.state_dict()
+def _equal(held: Held, other: Held) -> bool:
+    mine, theirs = held.tensors(), other.tensors()
     return (
-        type(module) is type(other)
+        type(held.module) is type(other.module)
         and mine.keys() == theirs.keys()
         and all(value.dtype == theirs[key].dtype and torch.equal(value, theirs[key]) for key, value in mine.items())
     )

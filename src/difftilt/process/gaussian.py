@@ -160,10 +160,13 @@ class VariancePreserving(GaussianProcess):
 
     Attributes:
         alphas_cumprod: (N,) decreasing values in (0, 1).
+        prior_std: standard deviation of the state that sampling starts from; None is sigma(1). Samplers that start from
+            N(0, I) on a schedule that keeps a trace of data have 1.
         knots: (N + 1,) log abar at t = 0, 1/N, ..., 1, made from it.
     """
 
     alphas_cumprod: Tensor
+    prior_std: float | None = field(default=None, kw_only=True)
     knots: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -178,6 +181,9 @@ class VariancePreserving(GaussianProcess):
     def steps(self) -> int:
         """N, the number of training noise levels."""
         return len(self.alphas_cumprod)
+
+    def prior(self, noise: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+        return super().prior(noise) if self.prior_std is None else self.prior_std * noise
 
     def timestep(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """The network's own clock, 0..N-1, for times on the table."""

@@ -5,52 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
-from difftilt.card import Card
-from difftilt.config import Config, Problems
+from difftilt.config import Problems
 from difftilt.errors import UserError
-from difftilt.leaves import find, nearest
-from difftilt.process.gaussian import GaussianProcess
-from difftilt.process.masked import MaskedProcess
+from difftilt.leaves import card_of, find, load, nearest
 from difftilt.recipes.loading import read
 from difftilt.recipes.parts import Part, read_part
 from difftilt.recipes.schema import Recipe, RewardWeights
 from difftilt.rewards import Reward, WeightedSum, as_reward
+from difftilt.rewards.base import Unrewarded
+from difftilt.training.needs import check_needs
 from difftilt.training.offline import load_data
 from difftilt.training.protocol import Task
-
-NEEDS: dict[str, tuple[Callable[[Task], bool], str]] = {
-    "gaussian process": (
-        lambda task: isinstance(task.model.process, GaussianProcess),
-        "its model samples tokens: use a method for masked models",
-    ),
-    "masked process": (
-        lambda task: isinstance(task.model.process, MaskedProcess),
-        "its model is continuous: use a method for Gaussian processes",
-    ),
-    "stochastic kernel": (
-        lambda task: isinstance(task.model.process, GaussianProcess | MaskedProcess),
-        "no kernel is known for its process: use a method of the forward process",
-    ),
-    "differentiable reward": (
-        lambda task: task.reward.capabilities.differentiable,
-        "its reward is black-box, as every served one is: use a method that needs no gradient",
-    ),
-    "per-sample reward": (
-        lambda task: not task.reward.capabilities.set_valued,
-        "its reward scores sets: use dragon",
-    ),
-    "set reward": (
-        lambda task: task.reward.capabilities.set_valued,
-        "its reward scores samples: give a reward of sets",
-    ),
-    "offline data": (
-        lambda task: task.data is not None,
-        "make some with `difftilt collect` and name them with data=DIR, or set method.collect to the number of groups "
-        "to draw before training",
-    ),
-    "environment": (lambda task: task.environment is not None, "it is no environment"),
-}
-"""What a card may name under ``needs`` -> (whether a task offers it, why not and what to do where it does not)."""
 
 
 def build_task(recipe: Recipe) -> Task:
@@ -65,12 +30,26 @@ def build_task(recipe: Recipe) -> Task:
         task = replace(task, reward=as_reward(recipe.reward.build(task)))
     if recipe.weights is not None:
         task = replace(task, reward=_weighted(testbed, recipe.weights))
+    if isinstance(task.reward, Unrewarded):
+        raise UserError(
+            f"testbed {recipe.testbed.name!r} has no reward of its own: add a section, as in "
+            "reward: {name: my_module:my_function}"
+        )
     if recipe.data is not None:
+        _reads_data(recipe)
         task = replace(task, data=load_data(Path(recipe.data), task, recipe.resolved().get("reward")))
     algorithm = recipe.method or recipe.steerer
-    if algorithm is not None and ":" not in algorithm.name:
-        check_needs(find(algorithm.kind, algorithm.name).card, task, algorithm.config)
+    if algorithm is not None:
+        check_needs(load(algorithm.kind, algorithm.name), task, algorithm.config)
     return task
+
+
+def _reads_data(recipe: Recipe) -> None:
+    """Refuse data that the method of the recipe would not look at."""
+    assert recipe.method is not None  # a recipe with data has a method
+    card = card_of(load(recipe.method.kind, recipe.method.name))
+    if card is not None and "offline data" not in card.needs:
+        raise UserError(f"data: {card.name} draws its own samples and reads no data set: leave data out, or use gdro")
 
 
 def build_reward(name: str, settings: Sequence[str]) -> Reward:
@@ -103,22 +82,6 @@ def _weighted(testbed: object, chosen: RewardWeights) -> WeightedSum:
             raise UserError(f"reward.weights.{name}: the testbed offers no such reward; {nearest(name, offered)}")
     rewards = {name: offered[name] for name in chosen.weights}
     return WeightedSum(rewards, chosen.weights, chosen.normalise)
-
-
-def check_needs(card: Card, task: Task, config: Config) -> None:
-    """Refuse a task that does not offer everything that the card needs.
-
-    Offline data that the configuration lets the method draw itself need not be offered.
-    """
-    for need in card.needs:
-        if need == "offline data" and getattr(config, "collect", None) is not None:
-            continue
-        if need not in NEEDS:
-            raise UserError(f"{card.name} needs {need!r}, which nothing can be tested for; {nearest(need, NEEDS)}")
-        met, remedy = NEEDS[need]
-        if not met(task):
-            article = "" if need.endswith("data") else "a "
-            raise UserError(f"{card.name} needs {article}{need}, which {task.name!r} does not offer: {remedy}")
 
 
 def require(recipe: Recipe, section: Literal["method", "steerer"]) -> Part:

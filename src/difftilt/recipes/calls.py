@@ -11,28 +11,24 @@ from torch import nn
 
 from difftilt.config import Problems, dump
 from difftilt.errors import UserError
-from difftilt.leaves import find
+from difftilt.leaves import load
 from difftilt.models.denoiser import denoiser
-from difftilt.models.protocol import GenerativeModel
-from difftilt.recipes.building import build_task, check_needs, require
+from difftilt.recipes.building import build_task, require
 from difftilt.recipes.fitting import load_fitted
-from difftilt.recipes.parts import read_part
+from difftilt.recipes.parts import Part, read_part
 from difftilt.recipes.prompts import prompts_of
 from difftilt.recipes.schema import Recipe, SteeringConfig
+from difftilt.recipes.sources import Object, Scored, task_of
 from difftilt.recipes.steered import SteerResult, best_scores, steered_look
 from difftilt.rewards import Masked, as_reward
-from difftilt.rewards.base import ScoreFunction
 from difftilt.rewards.masked import parts_masked
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.noise import Noise
-from difftilt.sampling.presets import default_sampler
 from difftilt.sampling.protocol import Sampler
 from difftilt.steering.protocol import Anytime, Progress, Steerer
 from difftilt.steering.within import steer_within
+from difftilt.training.needs import check_needs
 from difftilt.training.protocol import Task
-
-Scored = Reward | ScoreFunction
-"""A reward, or a plain function of samples."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +67,24 @@ def call_of_recipe(recipe: Recipe) -> SteerCall:
 
 
 def call_of_objects(
-    source: Task | GenerativeModel,
+    source: Object,
     reward: Scored | None,
     prompts: Sequence[str] | None,
     method: str | Steerer | Anytime,
     sampler: Sampler | None,
     settings: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
 ) -> SteerCall:
     """The call of a steerer on a model that somebody holds.
 
     Args:
-        source: a task, or a model alone.
+        source: a task, a model alone, or a pipeline of ``diffusers``.
         reward: of the samples; None takes the task's own.
         prompts: None takes the task's held-out ones.
         method: name of a steerer, ``module:Class``, or a steerer.
         sampler: None takes the task's own; for a model alone, 50 stochastic steps.
         settings: fields of the steerer and of :class:`SteeringConfig`.
+        options: of a pipeline.
 
     Raises:
         UserError: with everything that is wrong with the settings.
@@ -99,41 +97,35 @@ def call_of_objects(
     if theirs and not isinstance(method, str):
         problems.add(f"{', '.join(theirs)}: settings of a steerer belong into it, where it is given as an object")
     problems.check("steer")
-    task = _task(source, reward, prompts, sampler)
-    if part is not None and ":" not in part.name:
-        check_needs(find("steerers", part.name).card, task, part.config)
+    task = task_of(source, reward, None if isinstance(source, Task) else prompts, None, sampler, options)
+    if part is None:
+        check_needs(method, task, getattr(method, "config", None))
+    else:
+        check_needs(load("steerers", part.name), task, part.config)
     steerer = cast(Steerer, method if part is None else part.build(task))
     wanted = list(task.heldout_prompts if prompts is None else prompts)
     if not wanted:
         raise UserError("prompts is empty: give at least one ('' for a model without prompts)")
-    named = {"name": type(steerer).__name__} if part is None else part.resolved()
-    kept = {"steerer": named, "steering": dump(cast(SteeringConfig, steering)) | {"prompts": wanted}}
-    return SteerCall(task, steerer, wanted, cast(SteeringConfig, steering), OmegaConf.to_yaml(OmegaConf.create(kept)))
+    steering = cast(SteeringConfig, steering)
+    kept = {"steerer": _named(steerer, part, steering), "steering": dump(steering) | {"prompts": wanted}}
+    return SteerCall(task, steerer, wanted, steering, OmegaConf.to_yaml(OmegaConf.create(kept)))
 
 
-def _task(
-    source: Task | GenerativeModel, reward: Scored | None, prompts: Sequence[str] | None, sampler: Sampler | None
-) -> Task:
-    """The task as it was, with what was given in its place."""
-    if isinstance(source, GenerativeModel):
-        if reward is None:
-            raise UserError("a model alone has no reward: give one, or a function of samples that returns scores")
-        if prompts is None:
-            raise UserError("a model alone has no prompts: give a list ([''] for a model without prompts)")
-        sampler = default_sampler(source.process) if sampler is None else sampler
-        return Task(type(source.network).__name__, source, as_reward(reward), list(prompts), list(prompts), sampler)
-    task = source if reward is None else replace(source, reward=as_reward(reward))
-    return task if sampler is None else replace(task, sampler=sampler)
+def _named(steerer: object, part: Part | None, steering: SteeringConfig) -> dict[str, Any]:
+    """The steerer as it is written down: a number that a budget decides is no setting."""
+    if part is None:
+        return {"name": type(steerer).__name__}
+    return part.unsized() if steering.budget.bounded else part.resolved()
 
 
 def run_call(call: SteerCall, progress: Progress | None = None) -> SteerResult:
     """Run it, within its budget."""
     task, steering = call.task, call.steering
-    if steering.fitted is not None:
-        load_fitted(call.steerer, Path(steering.fitted))
     if isinstance(task.model.network, nn.Module):
         task.model.network.to(steering.device)
     denoise = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=steering.forward_batch)
+    if steering.fitted is not None:
+        load_fitted(call.steerer, Path(steering.fitted), task, call.reward)
     began = time.perf_counter()
     steered = steer_within(
         call.steerer, task, denoise, call.reward, call.prompts, Noise(steering.seed), progress=progress,

@@ -45,6 +45,7 @@ from difftilt.training.offline import (
 )
 from difftilt.training.plain import draw
 from difftilt.training.protocol import Task
+from difftilt.training.provenance import drawn_by
 from difftilt.training.run import LoopRun
 from difftilt.training.world import World, join_world
 from difftilt.trees import take
@@ -98,7 +99,7 @@ def _task(recipe: Recipe, size: int) -> Task:
     if size < 2:
         raise UserError(f"group size {size}: a group of one cannot be ranked; ask for at least 2")
     task = build_task(replace(recipe, method=None, steerer=None, data=None))
-    if task.reward.capabilities.set_valued:
+    if task.reward.capabilities.of_sets:
         raise UserError(f"reward {task.reward.name!r} scores sets: offline groups need a score for each sample")
     if not isinstance(task.model.network, nn.Module):
         raise UserError(f"task {task.name} has no weights to train: there is nothing that data could be used for")
@@ -117,6 +118,7 @@ def _plan(recipe: Recipe, task: Task, groups: int, size: int) -> dict[str, Any]:
         "groups": groups,
         "group_size": size,
         "weights": fingerprint(task.model.network),
+        "drawn": json.loads(drawn_by(task, task.prompts).model_dump_json()),
         "grid": task.sampler.grid.tolist(),
         "guidance": task.sampler.guidance,
         "seed": _settings(recipe).seed,

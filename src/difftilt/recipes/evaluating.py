@@ -1,6 +1,6 @@
 """Evaluating the model of a recipe, as it comes or with the weights of a checkpoint of a run."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from difftilt.errors import UserError
+from difftilt.models.lora import roles_of
 from difftilt.models.roles import CopiedRoles
 from difftilt.recipes.building import build_task
 from difftilt.recipes.directory import CONFIG
@@ -16,7 +17,7 @@ from difftilt.sampling.noise import Noise
 from difftilt.training.base import MethodBase
 from difftilt.training.checkpoint import load_checkpoint, newest_checkpoint
 from difftilt.training.measure import measure
-from difftilt.training.protocol import Method
+from difftilt.training.protocol import Method, Task
 from difftilt.training.run import LoopRun
 from difftilt.training.world import World
 
@@ -61,6 +62,51 @@ def _named(path: Path) -> Path:
     raise UserError(f"{run_of(path)} has no checkpoint {path.name!r}; there are: {known}")
 
 
+@dataclass(frozen=True)
+class Restored:
+    """A model with the weights of a checkpoint in its roles.
+
+    Attributes:
+        task: its model is the one that the roles belong to.
+        method: that trained them; one that does nothing for the recipe of a steerer.
+        roles: weights.
+        step: iterations that they have been trained for.
+    """
+
+    task: Task
+    method: Method
+    roles: CopiedRoles
+    step: int
+
+
+def restore(recipe: Recipe, checkpoint: Path | None) -> Restored:
+    """Build what a recipe names and put the weights of a checkpoint back.
+
+    Args:
+        recipe: names task, method and settings.
+        checkpoint: whose weights; None leaves the pretrained ones.
+
+    Raises:
+        UserError: if there are no weights, or those of another model.
+    """
+    task = build_task(recipe)
+    # a steerer's recipe has no method: its model is evaluated as it comes
+    method = cast(Method, MethodBase() if recipe.method is None else recipe.method.build(task))
+    model = method.adapt(task.model)
+    if not isinstance(model.network, nn.Module):
+        raise UserError(f"task {task.name} has no weights to evaluate: its network is not an nn.Module")
+    model.network.to(torch.device(recipe.training.device))
+    roles = roles_of(model, method.roles(), recipe.training.lora, recipe.training.seed)
+    step = 0
+    if checkpoint is not None:
+        tensors, state = load_checkpoint(checkpoint)
+        if "weights" not in tensors:
+            raise UserError(f"checkpoint {checkpoint} holds no weights: name another step of the run")
+        roles.load_state_dict(tensors["weights"])
+        step = int(state["iteration"])
+    return Restored(replace(task, model=model), method, roles, step)
+
+
 def evaluate_recipe(recipe: Recipe, checkpoint: Path | None) -> dict[str, float]:
     """Reward, drift and diversity on held-out prompts: the same numbers, prompts and noise as in training.
 
@@ -68,20 +114,9 @@ def evaluate_recipe(recipe: Recipe, checkpoint: Path | None) -> dict[str, float]
         recipe: names task, method and the settings of evaluation.
         checkpoint: whose weights; None evaluates the pretrained model.
     """
-    task, config = build_task(recipe), recipe.training
-    # a steerer's recipe has no method: its model is evaluated as it comes
-    method = MethodBase() if recipe.method is None else cast(Method, recipe.method.build(task))
-    model = method.adapt(task.model)
-    if not isinstance(model.network, nn.Module):
-        raise UserError(f"task {task.name} has no weights to evaluate: its network is not an nn.Module")
-    device = torch.device(config.device)
-    roles = CopiedRoles(model.network.to(device), method.roles())
-    if checkpoint is not None:
-        tensors, _ = load_checkpoint(checkpoint)
-        if "weights" not in tensors:
-            raise UserError(f"checkpoint {checkpoint} holds no weights: name another step of the run")
-        roles.load_state_dict(tensors["weights"])
-    noise = Noise(config.seed)
-    run = LoopRun(replace(task, model=model), roles, World(), noise, config.forward_batch, device)
-    sampler = method.sampler(task)
+    restored, config = restore(recipe, checkpoint), recipe.training
+    noise, device = Noise(config.seed), torch.device(config.device)
+    run = LoopRun(restored.task, restored.roles, World(), noise, config.forward_batch, device)
+    method = restored.method
+    sampler = method.sampler(restored.task)
     return measure(run, method.evaluated_role, sampler, config.evaluation_samples, config.seed).numbers

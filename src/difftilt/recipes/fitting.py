@@ -7,20 +7,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from difftilt.errors import UserError
 from difftilt.models.denoiser import denoiser
 from difftilt.models.ledger import Ledger
 from difftilt.recipes.building import build_task, require
+from difftilt.recipes.origin import PREFIX, Origin, check_origin, origin_of, read_origin
 from difftilt.recipes.prompts import prompts_of
 from difftilt.recipes.schema import Recipe
 from difftilt.recipes.steered import staged
 from difftilt.rewards import Masked, as_reward
+from difftilt.rewards.protocol import Reward
 from difftilt.sampling.noise import Noise
 from difftilt.steering.protocol import Fitted, Progress
+from difftilt.training.protocol import Task
 
 FITTED = "fitted.safetensors"
 """What a steerer has learned."""
@@ -33,14 +36,16 @@ class FitResult:
     Attributes:
         state: what it has learned.
         metrics: of the fit, by the steerer's own names.
-        ledger: what the fit cost.
+        ledger: what the fit cost, the samples of ``origin`` included.
         seconds: wall clock.
+        origin: model, reward and settings that it belongs to.
     """
 
     state: Mapping[str, Tensor]
     metrics: Mapping[str, float]
     ledger: Ledger
     seconds: float
+    origin: Origin
 
     def save(self, config: str, output: Path) -> None:
         """Write config, result and what was learned; the directory appears whole or not at all."""
@@ -49,8 +54,9 @@ class FitResult:
         with staged(output) as staging:
             (staging / "config.yaml").write_text(config, encoding="utf-8")
             (staging / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            own = {name: value.detach().cpu().contiguous().clone() for name, value in self.state.items()}
-            save_file(own, staging / FITTED)
+            every = {**self.state, **self.origin.tensors()}
+            own = {name: value.detach().cpu().contiguous().clone() for name, value in every.items()}
+            save_file(own, staging / FITTED, self.origin.metadata())
 
 
 def learns(steerer: object) -> TypeGuard[Fitted]:
@@ -75,16 +81,18 @@ def fit_recipe(recipe: Recipe, progress: Progress | None = None) -> FitResult:
     denoise = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=steering.forward_batch)
     reward = as_reward(task.reward)
     reward = Masked(reward) if steering.invalid == "mask" else reward
-    began = time.perf_counter()
-    metrics = steerer.fit(task, denoise, reward, prompts, Noise(steering.seed), progress=progress)
-    return FitResult(steerer.state_dict(), metrics, denoise.ledger, time.perf_counter() - began)
+    noise, began = Noise(steering.seed), time.perf_counter()
+    metrics = steerer.fit(task, denoise, reward, prompts, noise, progress=progress)
+    origin = origin_of(steerer, task, denoise, reward, prompts, noise)
+    return FitResult(steerer.state_dict(), metrics, denoise.ledger, time.perf_counter() - began, origin)
 
 
-def load_fitted(steerer: object, directory: Path) -> None:
-    """Give a steerer what ``difftilt train`` has written.
+def load_fitted(steerer: object, directory: Path, task: Task, reward: Reward) -> None:
+    """Give a steerer what ``difftilt train`` has written, if it was fitted for this model, reward and these settings.
 
     Raises:
-        UserError: for a steerer that learns nothing, a directory without a fit, or one of another steerer.
+        UserError: for a steerer that learns nothing, a directory without a fit, or a fit of another steerer, model,
+            reward or setting.
     """
     if not learns(steerer):
         raise UserError(f"steering.fitted: {type(steerer).__name__} learns nothing: leave it out")
@@ -92,7 +100,12 @@ def load_fitted(steerer: object, directory: Path) -> None:
     if not file.is_file():
         raise UserError(f"steering.fitted = {directory}: there is no {FITTED} in it; `difftilt train` makes it")
     try:
-        state = cast(Mapping[str, Tensor], load_file(file))
+        with safe_open(file, "pt") as opened:
+            tensors = {name: cast(Tensor, opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
+            origin = read_origin(tensors, opened.metadata())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({error}): fit the steerer again") from error
-    steerer.load_state_dict(state)
+    if origin is None:
+        raise UserError(f"{file} does not say what it was learned from: fit the steerer again with `difftilt train`")
+    steerer.load_state_dict({name: value for name, value in tensors.items() if not name.startswith(PREFIX)})
+    check_origin(f"steering.fitted = {directory}", origin, steerer, task, reward)

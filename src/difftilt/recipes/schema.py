@@ -77,9 +77,22 @@ class Recipe:
     data: str | None = None
 
     def resolved(self) -> dict[str, Any]:
-        """Plain values with every default filled in; :func:`load_recipe` takes them back to an equal recipe."""
+        """Plain values with every default filled in; :func:`load_recipe` takes them back to the same run.
+
+        A number of particles or children that nobody has chosen is left out where a budget decides it: written down it
+        would be one that was chosen, which a budget repeats and does not change.
+        """
+        return self._plain(self.steering.budget.bounded)
+
+    def open(self) -> dict[str, Any]:
+        """The same for a recipe that is still to be changed: without that number whatever the budget."""
+        return self._plain(True)
+
+    def _plain(self, unsized: bool) -> dict[str, Any]:
         parts = {"testbed": self.testbed, "reward": self.reward, "method": self.method, "steerer": self.steerer}
         values: dict[str, Any] = {name: part.resolved() for name, part in parts.items() if part is not None}
+        if self.steerer is not None and unsized:
+            values["steerer"] = self.steerer.unsized()
         if self.weights is not None:
             values["reward"] = dump(self.weights)
         if self.data is not None:

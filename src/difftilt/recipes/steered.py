@@ -113,7 +113,7 @@ def best_scores(task: Task, prompts: Sequence[str], steered: Steered) -> dict[st
     group = torch.arange(len(prompts), device=steered.media.device)
     samples = Samples(steered.media[steered.best], prompts, prompts, group, task.model.encode(prompts))
     # the best of a few prompts are no set that a distance or a diversity could be measured of
-    instance = {name: reward for name, reward in task.heldout.items() if not reward.capabilities.set_valued}
+    instance = {name: reward for name, reward in task.heldout.items() if not reward.capabilities.of_sets}
     scores = {name: evaluate(reward, samples, Ledger()).total for name, reward in instance.items()}
     scores = {"reward": steered.rewards[steered.best], **scores}
     return {name: float(values.double().mean()) for name, values in scores.items()}

@@ -19,6 +19,7 @@ from difftilt.rewards.protocol import Capabilities, Reward, Samples, Scores, Set
 from difftilt.rewards.reference import ReferenceSet
 from difftilt.rewards.scoring import encode, evaluate, score_components
 from difftilt.rewards.sets import CoverageReward, FrechetReward, MMDReward, VendiReward
+from difftilt.rewards.video import VideoReward
 from difftilt.rewards.wins import win_rate
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "SetReward",
     "TrainedReward",
     "VendiReward",
+    "VideoReward",
     "WeightedSum",
     "as_reward",
     "as_set",

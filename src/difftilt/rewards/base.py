@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from difftilt.errors import UserError
 from difftilt.rewards.protocol import Capabilities, Reward, Samples
 
 ScoreFunction = Callable[[Samples], Any]
@@ -26,6 +27,18 @@ class FunctionReward:
     def score(self, samples: Samples) -> Tensor:
         """What the function returned as a float32 tensor; its shape and values are checked by ``evaluate``."""
         return as_scores(self.function(samples)).to(samples.media.device)
+
+
+@dataclass(frozen=True)
+class Unrewarded:
+    """Stands where a task has no reward of its own; scoring with it is an error."""
+
+    name: str = "none"
+    capabilities: Capabilities = field(default_factory=Capabilities)
+
+    def score(self, samples: Samples) -> Tensor:
+        """Refused."""
+        raise UserError("this task has no reward of its own: name one, as in reward: {name: my_module:my_function}")
 
 
 def as_scores(values: Any) -> Tensor:

@@ -79,11 +79,12 @@ class WeightedSum:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Differentiable if all are; set-valued only if all are, for else every sample has a score of its own."""
+        """Differentiable if all are; set-valued only if all are, and mixed if some are."""
         parts = [reward.capabilities for reward in self.rewards.values()]
         return Capabilities(
             differentiable=all(part.differentiable for part in parts),
             set_valued=all(part.set_valued for part in parts),
+            mixed=any(part.of_sets for part in parts) and not all(part.set_valued for part in parts),
             pooled=all(part.pooled for part in parts),
             trained=self.normalise == "running",
             missing=any(part.missing for part in parts),

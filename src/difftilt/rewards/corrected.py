@@ -30,7 +30,7 @@ class Corrected:
     name: str = "corrected"
 
     def __post_init__(self) -> None:
-        if self.reward.capabilities.set_valued or self.quality.capabilities.set_valued:
+        if self.reward.capabilities.of_sets or self.quality.capabilities.of_sets:
             raise ValueError(
                 "the corrected score is one of samples: give a reward and a quality of samples, not of sets"
             )

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from difftilt.rewards.of_sets import OfSets
 from difftilt.rewards.reference import Encoder
-from difftilt.rewards.sets import OfSets
 
 
 class DistinctReward(OfSets):

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from difftilt.errors import UserError
+from difftilt.rewards.of_sets import Features, Members, OfSets
 from difftilt.rewards.protocol import Capabilities, Reward, Samples, SetReward
 from difftilt.rewards.reference import ReferenceSet, refuse_singular, same_space
-from difftilt.rewards.sets import Features, Members, OfSets
 from difftilt.statistics.moments import FrechetReference, SetMoments, Spread
 from difftilt.statistics.states import MeanState, SetState
 
@@ -73,12 +73,23 @@ def as_set(reward: Reward) -> SetReward:
     """The reward if it scores sets by features, else the mean of an instance reward.
 
     Raises:
-        UserError: for a reward of sets without features.
+        UserError: for a reward of sets without features, a sum in which only some parts score sets, or a reward of each
+            group apart.
     """
-    if not reward.capabilities.set_valued:
+    if not reward.capabilities.of_sets:
         return MeanReward(reward)
+    if reward.capabilities.mixed:
+        raise UserError(
+            f"reward {reward.name!r} adds scores of samples to scores of sets, of which a search would see only one: "
+            "use one member of the sum"
+        )
     if reward.capabilities.features and isinstance(reward, SetReward):
-        return reward
+        if reward.capabilities.pooled:
+            return reward
+        raise UserError(
+            f"reward {reward.name!r} makes each group a set (pooled false), and a search makes sets across groups: set "
+            "pooled to true"
+        )
     raise UserError(
         f"reward {reward.name!r} scores sets but has no features to search them by: give it features, score_features "
         "and begin (rewards.SetReward), or use one member of the sum"

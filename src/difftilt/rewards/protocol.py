@@ -80,6 +80,8 @@ class Capabilities:
     Attributes:
         differentiable: gradients flow from the score to ``samples.media``.
         set_valued: scores sets, not samples: ``score`` then returns one number per group.
+        mixed: a sum in which some parts score sets and others samples. Every sample has a number of its own, but what
+            the sets add to it says nothing of the sample.
         pooled: all samples of a batch or of an evaluation are one set, whatever their group, over all processes; such a
             reward is a :class:`SetReward`.
         features: offers ``features(samples)`` for diversity and set statistics.
@@ -94,6 +96,7 @@ class Capabilities:
 
     differentiable: bool = False
     set_valued: bool = False
+    mixed: bool = False
     pooled: bool = False
     features: bool = False
     trained: bool = False
@@ -101,6 +104,11 @@ class Capabilities:
     background: bool = False
     cost: float = 0.0
     tolerance: float | None = None
+
+    @property
+    def of_sets(self) -> bool:
+        """Whether any part of it scores sets: nothing that compares single samples can use that part."""
+        return self.set_valued or self.mixed
 
 
 @runtime_checkable

@@ -24,6 +24,10 @@ Encoder = Callable[[Any], Tensor]
 """Media, texts or whatever it was made for -> one vector each, (rows, dim). A sample's own encoder sees its media."""
 
 
+ROUNDING = 1e-6
+"""Share of the largest entry of a covariance by which it may miss symmetry and sign: it may come in float32."""
+
+
 def flattened(media: Tensor) -> Float[Tensor, "batch dim"]:
     """The encoder that leaves everything as it is: all numbers of a sample in one row."""
     return media.flatten(1).double()
@@ -80,8 +84,14 @@ class ReferenceSet:
         return cls.of(features)
 
     @classmethod
-    def gaussian(cls, mean: Float[Tensor, " dim"], covariance: Float[Tensor, "dim dim"]) -> "ReferenceSet":
-        """A known law, for Fréchet distances only."""
+    def gaussian(cls, mean: Float[Tensor, " dim"], covariance: Float[Tensor, "rows columns"]) -> "ReferenceSet":
+        """A known law, for Fréchet distances only; its covariance may be singular.
+
+        Raises:
+            UserError: for anything but a finite mean and a symmetric covariance of its dimension without negative
+                eigenvalues.
+        """
+        _refuse_no_law(mean.double(), covariance.double())
         return cls(law=(mean.double(), covariance.double()))
 
     @cached_property
@@ -147,6 +157,23 @@ def same_space(name: str, features: Float[Tensor, "*batch dim"], dim: int) -> No
         raise UserError(
             f"{name}: samples have {features.shape[-1]} features, the reference has {dim}: use encoders into one space"
         )
+
+
+def _refuse_no_law(mean: Tensor, covariance: Tensor) -> None:
+    dim = len(mean) if mean.dim() == 1 else 0
+    if not dim or tuple(covariance.shape) != (dim, dim):
+        raise UserError(
+            f"a law has a mean of shape (dim,) and a covariance of shape (dim, dim), not {tuple(mean.shape)} and "
+            f"{tuple(covariance.shape)}"
+        )
+    if not bool(mean.isfinite().all()) or not bool(covariance.isfinite().all()):
+        raise UserError("a law needs a finite mean and a finite covariance: there is NaN or infinity in it")
+    size = float(covariance.abs().max())
+    if not torch.allclose(covariance, covariance.T, rtol=0, atol=ROUNDING * size):
+        raise UserError("a covariance is symmetric, and this one is not: give (C + C^T)/2 if that is what is meant")
+    least = float(torch.linalg.eigvalsh(covariance)[0])
+    if least < -ROUNDING * size:
+        raise UserError(f"a covariance has no negative eigenvalue, and this one has {least:.3g}: check how it was made")
 
 
 def _read(path: Path) -> Tensor:

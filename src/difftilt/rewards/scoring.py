@@ -1,6 +1,7 @@
 """The one door through which samples reach a reward: counted, checked, every component kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -38,6 +39,13 @@ def evaluate(reward: Reward, samples: Samples, ledger: Ledger, gather: Gather = 
     """
     components = score_components(reward, samples, ledger, gather)
     return Scores(add_up(reward, components, samples), components)
+
+
+def same_scores(found: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> bool:
+    """Whether two scorings of the same samples agree, name by name, up to the rounding of another batch or machine."""
+    return found.keys() == held.keys() and all(
+        torch.allclose(found[name].cpu(), held[name].cpu(), rtol=1e-3, atol=1e-4, equal_nan=True) for name in held
+    )
 
 
 def score_components(reward: Reward, samples: Samples, ledger: Ledger, gather: Gather = _alone) -> dict[str, Tensor]:
@@ -149,8 +157,13 @@ def call(reward: Reward, name: str, samples: Samples) -> Float[Tensor, " scores"
     return scores.float()
 
 
+def blamed(name: str, rows: int) -> AbstractContextManager[None]:
+    """Within it, whatever is raised names the reward and its samples."""
+    return _Blame(name, rows)
+
+
 @dataclass(frozen=True)
-class _Blame:
+class _Blame(AbstractContextManager[None]):
     """Turns whatever a reward raises into a :class:`RewardError` that names it; the cause is chained.
 
     A reward is foreign code and may raise anything; a context manager sees every exception without a handler that

@@ -7,22 +7,22 @@ higher is better. The scores of finite sets are biased by their size: compare se
 Features are on the device of the samples. A reference follows the features it is compared with to their device.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from difftilt.card import Card
 from difftilt.errors import UserError
-from difftilt.rewards.protocol import Capabilities, Samples, SetReward
+from difftilt.leaves import load
+from difftilt.rewards.of_sets import Features, Members, OfSets
+from difftilt.rewards.protocol import SetReward
 from difftilt.rewards.reference import Encoder, ReferenceSet, flattened, refuse_singular, same_space, smallest_set
 from difftilt.statistics.moments import FrechetReference, FrechetState, SetMoments, Spread
 from difftilt.statistics.sets import Kernel, mean_within, neighbour_radius, polynomial_kernel, rbf_kernel, vendi_score
-from difftilt.statistics.states import CoverageState, KernelState, Negated, RecomputedState, SetState
+from difftilt.statistics.states import CoverageState, KernelState, Negated, SetState
 
 CARD = Card(
     name="sets",
@@ -30,55 +30,8 @@ CARD = Card(
     paper="Bai et al. 2025, DRAGON: Distributional Rewards Optimize Diffusion Generative Models, arXiv 2504.15217",
 )
 
-Features = Float[Tensor, "batch dim"]
-Members = Int[Tensor, " members"]
-
-
-class OfSets(ABC):
-    """What the rewards of this module share; a subclass has :meth:`score_features` and :meth:`begin`.
-
-    Attributes:
-        name: in reports.
-        encoder: media -> (batch, dim).
-        capabilities: ``pooled`` makes all samples of a batch or of an evaluation one set, over all processes; otherwise
-            every group is a set of its own.
-        smallest: fewest samples that have a score.
-    """
-
-    smallest: int = 2
-
-    def __init__(self, name: str, encoder: Encoder = flattened, *, pooled: bool = True) -> None:
-        self.name = name
-        self.encoder = encoder
-        self.capabilities = Capabilities(set_valued=True, pooled=pooled, features=True)
-
-    def features(self, samples: Samples) -> Features:
-        """Embedding of each sample, without gradient, on the device of the samples."""
-        with torch.no_grad():
-            return self.encoder(samples.media).to(samples.group.device)
-
-    def score(self, samples: Samples) -> Float[Tensor, " groups"]:
-        """The score of each group."""
-        features = self.features(samples)
-        groups = torch.unique(samples.group)
-        scores = [self.score_features(features[samples.group == group]) for group in groups]
-        return torch.tensor(scores, dtype=torch.float32, device=features.device)
-
-    @abstractmethod
-    def score_features(self, features: Features) -> float:
-        """Score of the set with these embeddings."""
-
-    def begin(self, features: Features, members: Members) -> SetState:
-        """The state of a search: every set is scored anew unless a subclass knows better."""
-        return RecomputedState(features, members, self.score_features)
-
-    def _whole(self, features: Features) -> float:
-        """The score of all rows, from the state that begins with them."""
-        return self.begin(features, torch.arange(len(features), device=features.device)).value
-
-    def _enough(self, features: Features) -> None:
-        if len(features) < self.smallest:
-            raise UserError(f"{self.name} scores sets of at least {self.smallest} samples, got {len(features)}")
+NEIGHBOURS = 5
+"""K of coverage, where none is named."""
 
 
 class FrechetReward(OfSets):
@@ -108,7 +61,8 @@ class FrechetReward(OfSets):
     ) -> None:
         super().__init__(name, encoder, pooled=pooled)
         self.reference: FrechetReference = reference.frechet(spread, shrinkage)
-        self.smallest = smallest_set(len(self.reference.mean), spread, shrinkage)
+        self.dim = len(self.reference.mean)
+        self.smallest = smallest_set(self.dim, spread, shrinkage)
 
     def score_features(self, features: Features) -> float:
         self._regular(features)
@@ -147,6 +101,7 @@ class MMDReward(OfSets):
     ) -> None:
         super().__init__(name, encoder, pooled=pooled)
         self.points = reference.points("the MMD").double()
+        self.dim = self.points.shape[1]
         self.kernel = polynomial_kernel() if kernel is None else kernel
         if len(self.points) < 2:
             raise UserError("the MMD needs a reference set of at least 2 exemplars, got 1")
@@ -213,12 +168,13 @@ class CoverageReward(OfSets):
         reference: ReferenceSet,
         encoder: Encoder = flattened,
         *,
-        neighbours: int = 5,
+        neighbours: int = NEIGHBOURS,
         pooled: bool = True,
         name: str = "coverage",
     ) -> None:
         super().__init__(name, encoder, pooled=pooled)
         self.points = reference.points("coverage")
+        self.dim = self.points.shape[1]
         self.neighbours = neighbours
         if not 1 <= neighbours < len(self.points):
             raise UserError(
@@ -253,35 +209,72 @@ def set_reward(
     task: object,
     kind: SetKind,
     reference: str | None = None,
+    encoder: str | None = None,
     spread: Spread = "full",
     shrinkage: float = 0.0,
     bandwidth: float | None = None,
-    neighbours: int = 5,
+    neighbours: int = NEIGHBOURS,
     pooled: bool = True,
 ) -> SetReward:
-    """The reward from plain values, as a recipe writes it; samples are encoded by the features of the testbed.
+    """The reward from plain values, as a recipe writes it.
 
     Args:
         task: of the recipe.
         kind: which reward.
         reference: file of features, ``.safetensors`` or ``.npy``; all kinds but ``vendi`` need one.
+        encoder: ``module:callable`` from media to (batch, dim), into the space of the reference; None is the features
+            of the testbed.
         spread: of ``frechet``.
         shrinkage: of ``frechet``.
         bandwidth: of an RBF kernel for ``mmd`` and ``vendi``; None is the cubic kernel and the cosine.
         neighbours: of ``coverage``.
         pooled: whether all samples are one set, or each group.
+
+    Raises:
+        UserError: for a setting that the kind does not read, or a value out of its range.
     """
-    encoder = task.features if isinstance(task, _HasFeatures) and task.features is not None else flattened
+    _refuse_unused(kind, reference, spread, shrinkage, bandwidth, neighbours)
+    encode = _encoder(task, encoder)
     kernel = None if bandwidth is None else rbf_kernel(bandwidth)
     if kind == "vendi":
-        return VendiReward(encoder, kernel=kernel, pooled=pooled)
+        return VendiReward(encode, kernel=kernel, pooled=pooled)
     if reference is None:
         raise UserError(f"reward.reference: {kind} compares with a reference set: name a file of features")
     known = ReferenceSet.from_file(reference)
     match kind:
         case "frechet":
-            return FrechetReward(known, encoder, spread=spread, shrinkage=shrinkage, pooled=pooled)
+            return FrechetReward(known, encode, spread=spread, shrinkage=shrinkage, pooled=pooled)
         case "mmd":
-            return MMDReward(known, encoder, kernel=kernel, pooled=pooled)
+            return MMDReward(known, encode, kernel=kernel, pooled=pooled)
         case "coverage":
-            return CoverageReward(known, encoder, neighbours=neighbours, pooled=pooled)
+            return CoverageReward(known, encode, neighbours=neighbours, pooled=pooled)
+
+
+def _encoder(task: object, name: str | None) -> Encoder:
+    """The callable of that name, else the features of the testbed, else the numbers of a sample as they are."""
+    if name is not None:
+        if ":" not in name:
+            raise UserError(f"reward.encoder = {name!r}: name a callable as module:callable")
+        return load("rewards", name)
+    return task.features if isinstance(task, _HasFeatures) and task.features is not None else flattened
+
+
+def _refuse_unused(
+    kind: SetKind, reference: str | None, spread: Spread, shrinkage: float, bandwidth: float | None, neighbours: int
+) -> None:
+    """Refuse settings that were made and would not be read."""
+    read: dict[str, tuple[str, ...]] = {
+        "frechet": ("reference", "spread", "shrinkage"),
+        "mmd": ("reference", "bandwidth"),
+        "vendi": ("bandwidth",),
+        "coverage": ("reference", "neighbours"),
+    }
+    made = {
+        "reference": reference is not None,
+        "spread": spread != "full",
+        "shrinkage": shrinkage != 0,
+        "bandwidth": bandwidth is not None,
+        "neighbours": neighbours != NEIGHBOURS,
+    }
+    for name in [name for name, changed in made.items() if changed and name not in read[kind]]:
+        raise UserError(f"reward.{name}: {kind} does not read it, only {', '.join(read[kind])}: leave it out")

@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from difftilt.errors import UserError
+
 Spread = Literal["full", "diagonal", "none"]
 """What is compared beside the means: covariances, variances of each dimension, or nothing."""
 
@@ -241,7 +243,14 @@ class FrechetState:
         return float(self._gap(self._moments.mean[None])[0] + trace - 2 * self._present(weight)[0].sqrt().sum())
 
     def leave_one_out(self) -> Float[Tensor, " members"]:
-        """Of the set without each member; at least three members unless only means are compared."""
+        """Of the set without each member.
+
+        Raises:
+            UserError: for fewer than three members, or two where only means are compared: the rest has no spread.
+        """
+        least = 2 if self.reference.spread == "none" else 3
+        if len(self.members) < least:
+            raise UserError(f"a set of {len(self.members)} without one has no Fréchet distance: give at least {least}")
         n, gap = self._moments.count, self.pool[self.members] - self._moments.mean
         means = self._moments.mean - gap / (n - 1)
         if self.reference.spread == "none":

@@ -1,10 +1,13 @@
 """Distances between two sets of feature vectors, and the diversity of one. Sums in float64."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from difftilt.errors import UserError
 
 Points = Float[Tensor, "rows dim"]
 Others = Float[Tensor, "others dim"]
@@ -53,7 +56,13 @@ def covariance(x: Points) -> Float[Tensor, "dim dim"]:
 
 
 def rbf_kernel(bandwidth: float) -> Kernel:
-    """exp(-|x - y|² / (2·bandwidth²))."""
+    """exp(-|x - y|² / (2·bandwidth²)).
+
+    Raises:
+        UserError: unless the bandwidth is finite and above 0.
+    """
+    if not 0 < bandwidth < math.inf:
+        raise UserError(f"bandwidth = {bandwidth:g}: a width of an RBF kernel must be finite and above 0")
     return lambda x, y: (-torch.cdist(x, y).square() / (2 * bandwidth**2)).exp()
 
 

@@ -42,7 +42,7 @@ class Goals:
         """The named components; all of them if none is named.
 
         Raises:
-            UserError: if the reward is no sum, has no component of that name, or one that scores whole sets.
+            UserError: if the reward is no sum, or has no component of that name.
         """
         total = reward.reward if isinstance(reward, Masked) else reward
         if not isinstance(total, WeightedSum):
@@ -59,11 +59,6 @@ class Goals:
                 raise UserError(f"objectives: the reward has no component {name!r}; {nearest(name, names)}")
             if name in objectives[:place]:
                 raise UserError(f"objectives: {name} is named twice; name each once")
-            if total.rewards[name].capabilities.set_valued:
-                raise UserError(
-                    f"objectives: {name} is a reward of a whole set, and a Pareto search compares single samples: "
-                    "leave it out of the weights"
-                )
         return cls(total, names, torch.tensor([names.index(name) for name in objectives or names]))
 
     def score(self, samples: Samples, ledger: Ledger) -> Scores:

@@ -79,8 +79,9 @@ class Frontier:
         self._store(first[depth < 0], x[_rows(depth < 0)])
         if len(inner):
             rows = torch.from_numpy(inner)
-            begin[inner] -= self.kept is None
-            began = self._draw(at[inner], first[inner], index[rows], take(condition, rows))
+            again = self._unpredicted(at[inner], take(condition, rows))
+            begin[inner] -= again
+            began = self._draw(at[inner], first[inner], index[rows], again)
             x = x.index_copy(0, rows.to(x.device), began)
         chain, last = self.chain, self.forest.last
         kernel = torch.ones(last, dtype=torch.bool) if chain.last is None else window_mask(last, 0, last - 1)
@@ -92,20 +93,28 @@ class Frontier:
         )
         return path.x_0
 
+    def _unpredicted(self, at: Ids, condition: Condition) -> NDArray[np.bool_]:
+        """Which of these nodes have no prediction stored: their rollouts begin at the state, and evaluate it again."""
+        if self.kept is None:
+            return np.ones(len(at), np.bool_)
+        self._evaluate_roots(at, condition)
+        return ~self.predictions.has(at)
+
     def _draw(
-        self, at: Ids, first: Ids, index: Int[Tensor, " rows"], condition: Condition
+        self, at: Ids, first: Ids, index: Int[Tensor, " rows"], again: NDArray[np.bool_]
     ) -> Shaped[Tensor, "rows *shape"]:
         """What the rollouts from stored states begin with: a new child, or the state where no prediction is stored."""
         state = self.states.get(at, self.device)
-        if self.kept is None:
+        if again.all():
             return state
-        self._evaluate_roots(at, condition)
+        rows = _rows(~again)
+        at, first, known = at[~again], first[~again], state[rows.to(self.device)]
         depth = torch.from_numpy(self.forest.depth[at])
-        t, s = (self._time(depth + more, state) for more in (0, 1))
-        step = self.chain.preset.step(self.predictions.get(at, self.device), state, t, s)
-        child = step.draw(step_noise(step, self.chain.noise, index, depth.to(self.device)))
+        t, s = (self._time(depth + more, known) for more in (0, 1))
+        step = self.chain.preset.step(self.predictions.get(at, self.device), known, t, s)
+        child = step.draw(step_noise(step, self.chain.noise, index[rows], depth.to(self.device)))
         self._store(first, child)
-        return child
+        return state.index_copy(0, rows.to(self.device), child)
 
     def _evaluate_roots(self, at: Ids, condition: Condition) -> None:
         """A root that is a state is evaluated once, before its first children are drawn."""

@@ -20,7 +20,7 @@ from difftilt.sampling.noise import Apart
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.sampling.rollout import start_state
 from difftilt.steering.particles import Chain, bind
-from difftilt.steering.protocol import Progress
+from difftilt.steering.protocol import Lesson, Progress
 from difftilt.steering.valuing import Valued, value_of
 from difftilt.training.process_reward import condition_of
 from difftilt.training.protocol import Task
@@ -138,6 +138,14 @@ class LearnsValue:
         last = losses[-max(len(losses) // 10, 1) :]
         metrics = {"loss": sum(last) / len(last), "samples": len(states.t) / len(found)}
         return metrics | {f"correlation t={t:.3g}": value for t, value in found.items()}
+
+    def lesson(self, reward: Reward) -> Lesson:
+        """The reward, what is regressed and, where that is a soft value, its temperature."""
+        kind = self.settings.regression
+        own: dict[str, float | str] = {"regression": kind}
+        if kind != "mean":
+            own["temperature"] = float(self.value_temperature)
+        return Lesson({reward.name: reward}, own)
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Weights and grid; empty before it was fitted."""

@@ -16,6 +16,8 @@ from difftilt.errors import GuardError, UserError
 from difftilt.models.denoiser import device_of
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
+from difftilt.rewards.compose import WeightedSum
+from difftilt.rewards.masked import Masked
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.presets import Preset, euler
 from difftilt.sampling.protocol import Guide, Moment, NoiseSource, Step
@@ -144,8 +146,11 @@ def bind(reward: Reward, task: Task, prompts: Sequence[str], denoise: Denoiser) 
     Raises:
         UserError: for a reward that scores sets.
     """
-    if reward.capabilities.set_valued:
-        raise UserError(f"particles are weighted one by one; {reward.name!r} scores sets: use a set search instead")
+    if reward.capabilities.of_sets:
+        whole = reward.reward if isinstance(reward, Masked) else reward
+        parts = whole.rewards.values() if isinstance(whole, WeightedSum) else (whole,)
+        names = ", ".join(part.name for part in parts if part.capabilities.of_sets)
+        raise UserError(f"particles are weighted one by one; {names} scores sets: leave it out, or use a set search")
     return LatentReward(reward, task.model.decode, prompts, denoise.ledger)
 
 

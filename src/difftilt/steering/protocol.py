@@ -180,6 +180,37 @@ class Fitted(Steerer, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a learned part is learned from, beside the model: with another one it would be another part.
+
+    Attributes:
+        rewards: name -> reward whose scores were learned; those of a sum that are learned one by one stand alone.
+        settings: of the steerer, as far as what was learned depends on them and its shapes do not tell.
+    """
+
+    rewards: Mapping[str, Reward]
+    settings: Mapping[str, float | str] = field(default_factory=dict[str, float | str])
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """A fitted steerer that says what its learned part belongs to; of others the reward and the model are known."""
+
+    def lesson(self, reward: Reward) -> Lesson:
+        """What it learns where it is fitted to this reward."""
+        ...
+
+
+@runtime_checkable
+class Judges(Protocol):
+    """A search that does not choose by the reward alone: rounds that are joined are judged as each of them was."""
+
+    def judged(self, steered: Steered, reward: Reward) -> Steered:
+        """The samples of several rounds with the best of each prompt chosen anew among all of them."""
+        ...
+
+
 @runtime_checkable
 class SelfFitting(Protocol):
     """A fitted steerer whose fit serves all later calls: a budget is for what comes after it."""

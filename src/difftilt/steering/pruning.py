@@ -4,8 +4,8 @@ The live search (``Pruning``, a rule of ``steering.loop``) and the simulator (``
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -16,8 +16,9 @@ from difftilt.errors import UserError
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.steering.loop import Selected, Visit, best_alone, settle
 from difftilt.steering.particles import Chain
-from difftilt.steering.protocol import Particles
+from difftilt.steering.protocol import Particles, Steered
 from difftilt.steering.selection import fused, kept, survivors
+from difftilt.values.noise_aware import Term
 
 Scores = Float[Tensor, "terms prompts candidates"]
 
@@ -124,6 +125,17 @@ class Pruning:
     ) -> tuple[Float[Tensor, " particles"], Float[Tensor, " prompts"]]:
         """All on the best."""
         return best_alone(chain, rewards)
+
+
+def rejudged(steered: Steered, terms: Mapping[str, Term]) -> Steered:
+    """A search whose best is chosen by the ranks of several terms among all samples of each prompt, equally many."""
+    prompts = len(steered.best)
+    table = torch.stack([term.sign * steered.components[name].double() for name, term in terms.items()])
+    scores = _known(fused(table.unflatten(1, (prompts, -1))))
+    best = scores.argmax(-1) + torch.arange(prompts, device=scores.device) * scores.shape[1]
+    weight = torch.zeros_like(steered.weight)
+    weight[best] = 1.0
+    return replace(steered, best=best, weight=weight)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ from difftilt.steering.tree import Forest, Ids, Rule, Statistic, Widening
 from difftilt.training.protocol import Task
 from difftilt.values.estimates import LatentReward
 
+_NONE = np.zeros(0, np.int64)
+
 
 class TreeConfig(Config):
     """Settings of a tree of rollouts."""
@@ -55,6 +57,9 @@ class TreeConfig(Config):
     predictions: Literal["cached", "recomputed"] = "cached"
     """Keep the prediction of each node that may branch, or evaluate it again when it does: less memory, one evaluation
     more for each branching."""
+    most_predictions: int = Field(default=16384, ge=0)
+    """Predictions kept at a time, of all prompts together. Beyond them those of the least visited nodes give way, and
+    are evaluated again where such a node branches."""
 
 
 @dataclass
@@ -118,10 +123,11 @@ class Search:
         return search
 
     def __post_init__(self) -> None:
-        config, most = self.config, np.arange(self.config.rollouts + self.config.batch + 1)
-        own = Widening(config.widening, config.exponent)
-        root = Widening(config.root_widening or config.widening, config.root_exponent or config.exponent)
-        self._limits, self._root_limits, self._swept = own.limit(most), root.limit(most), config.rollouts
+        config = self.config
+        self._own = Widening(config.widening, config.exponent)
+        self._root = Widening(config.root_widening or config.widening, config.root_exponent or config.exponent)
+        # by number of visits; they grow with the tree, for settings may allow more rollouts than memory
+        self._limits, self._root_limits, self._swept = self._own.limit(_NONE), self._root.limit(_NONE), config.rollouts
 
     def grow(self, meter: Meter | None, progress: Progress | None) -> None:
         """Rounds until the rollouts or the budget are spent.
@@ -148,6 +154,9 @@ class Search:
     def advance(self, batch: int) -> bool:
         """One round: select, complete, score, back up; a tree is never finished."""
         forest, device = self.forest, self.frontier.device
+        if self.done + batch >= len(self._limits):
+            visits = np.arange(2 * (self.done + batch))
+            self._limits, self._root_limits = self._own.limit(visits), self._root.limit(visits)
         count = torch.arange(self.done, self.done + batch, device=device)
         index = (self.prompts[:, None] * self.config.rollouts + count).flatten()
         noise = self.frontier.chain.noise
@@ -196,16 +205,23 @@ class Search:
         left = self.config.rollouts - self.done
         # the last selection sees what all but itself have visited; nodes of this round have one visit to come
         most = np.maximum(self.forest.visits[nodes], 1) + max(left - 1, 0)
-        wide = self._limits[most] > np.maximum(self.forest.count(nodes), 1)
+        wide = self._own.limit(most) > np.maximum(self.forest.count(nodes), 1)
         return wide & ~self.forest.single[nodes] & (left > 0)
 
     def _sweep(self) -> None:
-        """Drop predictions that no child can be drawn from any more; looked for whenever the rollouts left halve."""
-        left = self.config.rollouts - self.done
-        if self.frontier.predictions.rows and left <= self._swept // 2:
+        """Drop predictions that no child can be drawn from any more; looked for whenever the rollouts left halve.
+
+        Of what is then still too many those of the least visited nodes go, a quarter at once.
+        """
+        left, kept, most = self.config.rollouts - self.done, self.frontier.predictions, self.config.most_predictions
+        nodes = np.arange(len(self.prompts), self.forest.size)
+        if kept.rows and left <= self._swept // 2:
             self._swept = left
-            nodes = np.arange(len(self.prompts), self.forest.size)
-            self.frontier.predictions.drop(nodes[~self.may_branch(nodes)])
+            kept.drop(nodes[~self.may_branch(nodes)])
+        if kept.rows > most:
+            there = nodes[kept.has(nodes)]
+            order = np.argsort(self.forest.visits[there], kind="stable")
+            kept.drop(there[order[: max(len(there) - most * 3 // 4, 0)]])
 
     def descend(self, rule: Rule, levels: Float[Tensor, "prompts size depth"]) -> Int[Tensor, "prompts size"]:
         """Finished samples that descents by a rule end at; nothing is evaluated."""

@@ -59,6 +59,13 @@ class NodeStore(Generic[T]):
         found = iter([column.read(rows, device) for column in self._columns])
         return tree_map(lambda leaf: next(found), self._structure)
 
+    def has(self, nodes: Ids) -> NDArray[np.bool_]:
+        """Which of these nodes are there."""
+        found = np.zeros(len(nodes), np.bool_)
+        inside = nodes < len(self._row)
+        found[inside] = self._row[nodes[inside]] >= 0
+        return found
+
     def drop(self, nodes: Ids) -> None:
         """Forget these nodes; those that are not there are passed over."""
         nodes = nodes[nodes < len(self._row)]

@@ -3,7 +3,7 @@
 From every state M next states are drawn from the pretrained kernel, each is valued at its own time, and one is taken in
 proportion to exp(value/β): nested importance sampling of the policy p(x_s | x_t)·exp(v(x_s)/β), whose samples follow
 p·exp(r/β) where v is the soft value and M is large. At temperature 0 it is greedy decoding, which the published code
-always does. SVDD-R also resamples the batch by exp(v/β) after every step, a search heuristic.
+always does. SVDD-R also resamples the batch by exp(v/β) after every step, the last one included, a search heuristic.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class SVDDConfig(Valued):
     temperature: float = Field(default=0.1, ge=0)
     """β of the target p·exp(r/β), in units of the reward; 0 takes the best child, as the published code does."""
     resample_batch: bool = False
-    """SVDD-R: after every step the samples of a prompt are drawn anew in proportion to exp(value/β)."""
+    """SVDD-R: after every step, the last included, the samples of a prompt are drawn anew by exp(value/β)."""
 
 
 class SVDD(LearnsValue):
@@ -134,7 +134,7 @@ class SoftValue:
         within = kept.reshape(len(chain.home), -1) % chain.size
         scores = visit.scores[kept].reshape(within.shape)
         chain, particles = settle(chain, visit.particles, within)
-        if self.copies and not visit.final:
+        if self.copies:
             particles = self._anew(chain, particles, scores, visit.position)
         # a parent without one judged child counts none
         counted = effective_sample_size(table / (config.temperature or 1e-12)).nan_to_num(0.0)

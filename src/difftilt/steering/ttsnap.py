@@ -30,8 +30,8 @@ from difftilt.sampling.noise import Apart
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.steering.loop import search
 from difftilt.steering.particles import bind, start
-from difftilt.steering.protocol import Progress, Steered
-from difftilt.steering.pruning import Pruning, Schedule
+from difftilt.steering.protocol import Lesson, Progress, Steered
+from difftilt.steering.pruning import Pruning, Schedule, rejudged
 from difftilt.steering.selection import fused
 from difftilt.training.protocol import Task
 from difftilt.values.curriculum import Curriculum, first_level
@@ -174,6 +174,16 @@ class TTSnap:
         at = self.schedule(distillation.steps, len(distillation.terms)).at
         self.learned, metrics = distillation.fit(at, noise, progress or _silent)
         return metrics
+
+    def lesson(self, reward: Reward) -> Lesson:
+        """The terms, one by one, and whose trajectories they were learned on."""
+        terms = terms_of(parts_masked(reward), self.config.fusion == "ranks")
+        return Lesson({name: term.reward for name, term in terms.items()}, {"kernel": self.config.kernel})
+
+    def judged(self, steered: Steered, reward: Reward) -> Steered:
+        """Rounds joined by the same ranks as the candidates of one."""
+        terms = terms_of(parts_masked(reward), self.config.fusion == "ranks")
+        return rejudged(steered, terms) if len(terms) > 1 else steered
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """``step/term/parameter`` -> weights, and the grid that they belong to."""

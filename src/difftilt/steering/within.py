@@ -21,7 +21,7 @@ from difftilt.rewards.protocol import Reward
 from difftilt.sampling.noise import Apart
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.steering.budget import Budget, Meter, branches, metered, parts_of
-from difftilt.steering.protocol import Anytime, Progress, SelfFitting, Steered, Steerer
+from difftilt.steering.protocol import Anytime, Judges, Progress, SelfFitting, Steered, Steerer
 from difftilt.training.protocol import Task
 
 
@@ -126,8 +126,9 @@ def _rounds(call: _Call, steerer: Priced, meter: Meter) -> Steered:
                 f"a round cost {part.ledger}, and its price is {price}: a value or guide of one's own has none"
             )
         parts.append(part)
-    ended = meter.interrupted or not meter.in_time
-    return replace(merged(parts), ledger=meter.spent, complete=not ended)
+    ended, whole = meter.interrupted or not meter.in_time, merged(parts)
+    whole = steerer.judged(whole, call.reward) if isinstance(steerer, Judges) and len(parts) > 1 else whole
+    return replace(whole, ledger=meter.spent, complete=not ended)
 
 
 def scaled_by(config: Config | type[Config]) -> str | None:

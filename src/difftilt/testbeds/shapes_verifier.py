@@ -5,7 +5,6 @@ are objects; the objects are counted and compared with the prompt. There is no n
 """
 
 import weakref
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,7 +17,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from difftilt.rewards.protocol import Capabilities, Samples
-from difftilt.testbeds.shapes_world import BACKGROUND, CELL, COLOURS, SHAPES, Wish, parse, related, stamp
+from difftilt.rewards.scenes import Judgement, compare, share_related
+from difftilt.testbeds.shapes_world import BACKGROUND, CELL, COLOURS, SHAPES, Wish, parse, stamp
 
 OFF_PALETTE = 110.0
 """A pixel farther than this from every colour, in levels of 255, has none."""
@@ -54,43 +54,6 @@ class Picture:
 
     objects: tuple[Found, ...]
     stray: int
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """How a picture meets a prompt; every score is in [0, 1].
-
-    Attributes:
-        count: smaller over larger of the numbers of objects found and asked for.
-        colour: overlap of the colours found and asked for (multisets, intersection over union), whatever the shapes.
-        shape: the same of shapes.
-        binding: the same of objects, each a colour with a shape.
-        position: share of the pairs of objects that obey the relation; 1 where the prompt has none.
-        clean: 1 if there is no more stray paint than allowed, else 0; the ring of a pixel around an object is not seen.
-    """
-
-    count: float
-    colour: float
-    shape: float
-    binding: float
-    position: float
-    clean: float
-
-    @property
-    def accuracy(self) -> float:
-        """1 if everything is as asked for and nothing else is there, else 0."""
-        return float(self.binding == 1 and self.position == 1 and self.clean == 1)
-
-    @property
-    def dense(self) -> float:
-        """Half for being right, half for being near: binding, halved by a wrong position, 0 with stray paint."""
-        return 0.5 * self.accuracy + 0.5 * self.binding * (1 + self.position) / 2 * self.clean
-
-    @property
-    def loose(self) -> float:
-        """``dense`` without the rule on stray paint: what a careless judge would give. Never to be trusted."""
-        right = float(self.binding == 1 and self.position == 1)
-        return 0.5 * right + 0.5 * self.binding * (1 + self.position) / 2
 
 
 def see(images: Float[Tensor, "batch 3 height width"]) -> list[Picture]:
@@ -147,21 +110,7 @@ def judge(picture: Picture, wish: Wish) -> Judgement:
     """How the picture meets the wish."""
     wanted = [(kind.colour, kind.shape) for kind in wish.kinds for _ in range(kind.count)]
     found = [(one.colour, one.shape) for one in picture.objects]
-    numbers = sorted((len(wanted), len(found)))
-    return Judgement(
-        count=numbers[0] / numbers[1],
-        colour=_overlap([colour for colour, _ in wanted], [colour for colour, _ in found]),
-        shape=_overlap([shape for _, shape in wanted], [shape for _, shape in found]),
-        binding=_overlap(wanted, found),
-        position=_position(picture, wish),
-        clean=float(picture.stray <= STRAY_PIXELS),
-    )
-
-
-def _overlap(wanted: Sequence[object], found: Sequence[object]) -> float:
-    """Intersection over union of two multisets."""
-    first, second = Counter(wanted), Counter(found)
-    return (first & second).total() / (first | second).total()
+    return compare(wanted, found, _position(picture, wish), float(picture.stray <= STRAY_PIXELS))
 
 
 def _position(picture: Picture, wish: Wish) -> float:
@@ -171,9 +120,7 @@ def _position(picture: Picture, wish: Wish) -> float:
         torch.tensor([one.centre for one in picture.objects if (one.colour, one.shape) == (kind.colour, kind.shape)])
         for kind in wish.kinds
     )
-    if not len(first) or not len(second):
-        return 0.0
-    return float(related(first, second, wish.relation, MARGIN).double().mean())
+    return share_related(first.reshape(-1, 2), second.reshape(-1, 2), wish.relation, MARGIN)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from difftilt.errors import UserError
+from difftilt.rewards.scenes import RELATIONS, related
 
 CELL = 8
 """Pixels of a cell."""
@@ -30,8 +31,6 @@ COLOURS = {"red": (214, 40, 40), "green": (40, 160, 70), "blue": (40, 90, 210), 
 """Word -> colour in levels of 255."""
 SHAPES = ("circle", "square", "triangle")
 NUMBERS = {"a": 1, "two": 2, "three": 3}
-RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
-"""Relation -> direction (rows, columns) from the second group to the first."""
 
 WORDS = (
     *NUMBERS,
@@ -242,17 +241,6 @@ def layout(wish: Wish, cells: int, generator: torch.Generator) -> Int[Tensor, "o
         place = torch.stack([flat // cells, flat % cells], dim=1)
         if wish.relation is None or related(place[:first], place[first:], wish.relation, 1).all():
             return place
-
-
-def related(
-    first: Int[Tensor, "a 2"] | Float[Tensor, "a 2"],
-    second: Int[Tensor, "b 2"] | Float[Tensor, "b 2"],
-    relation: str,
-    margin: float,
-) -> Bool[Tensor, "a b"]:
-    """Which pairs of places (row, column) obey the relation with at least ``margin`` between them."""
-    direction = torch.tensor(RELATIONS[relation], dtype=first.dtype)
-    return ((first[:, None] - second[None]) * direction).sum(-1) >= margin
 
 
 def draw(wish: Wish, generator: torch.Generator, cells: int = 4) -> Float[Tensor, "3 size size"]:

@@ -6,6 +6,7 @@ import torch
 from pydantic import AfterValidator, Field
 
 from difftilt.config import Config
+from difftilt.models.lora import LoraSettings
 from difftilt.training.monitors import MonitorConfig
 
 
@@ -49,6 +50,8 @@ class TrainingConfig(Config):
     of 32: at other sizes a row was seen to depend on where it stands, in the last bit."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Of the role ``current``, and of other trained roles where they do not say otherwise."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters in place of all weights; every role is then an adapter, the reference none."""
     evaluate_every: int = Field(default=10, ge=0)
     """Iterations between evaluations on held-out prompts; 0 evaluates only before the first and after the last."""
     evaluation_samples: int = Field(default=256, ge=2)

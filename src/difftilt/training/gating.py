@@ -214,5 +214,5 @@ def _check(config: GatingConfig, task: Task, active: bool) -> None:
             raise UserError(
                 f"method.auxiliary: {task.name} has no held-out reward {name!r}; {nearest(name, task.heldout)}"
             )
-        if task.heldout[name].capabilities.set_valued:
+        if task.heldout[name].capabilities.of_sets:
             raise UserError(f"method.auxiliary: {name} scores sets, and the gate ranks samples: name another one")

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from difftilt.errors import UserError
+from difftilt.models.lora import roles_of
 from difftilt.models.protocol import Lagging, Roles, RoleSpec, Trained
-from difftilt.models.roles import CopiedRoles
 from difftilt.sampling.noise import Noise
 from difftilt.training.checkpoint import newest_checkpoint, save_checkpoint
 from difftilt.training.config import OptimizerConfig, TrainingConfig
@@ -21,6 +21,7 @@ from difftilt.training.gallery import gallery_of, save_gallery, show
 from difftilt.training.logs import append_row, read_rows, truncate_rows, write_text
 from difftilt.training.measure import Measured, diversity_of, measure, quick_drift
 from difftilt.training.monitors import Verdict, judge, summarise
+from difftilt.training.needs import check_needs
 from difftilt.training.protocol import Method, Task
 from difftilt.training.run import LoopRun
 from difftilt.training.state import check_saved, put_back, state_of
@@ -43,6 +44,7 @@ class TrainResult:
         before, after: evaluations on held-out prompts.
         verdicts: of the monitors, over the whole run.
         run: task, roles and ledger, to go on with.
+        role: whose weights are the outcome.
     """
 
     directory: Path | None
@@ -51,6 +53,7 @@ class TrainResult:
     after: dict[str, float]
     verdicts: list[Verdict]
     run: LoopRun
+    role: str = "current"
 
 
 @dataclass
@@ -206,7 +209,7 @@ def train_task(
     if loop.writes is not None:
         summary = {"before": loop.before, "after": after, "verdicts": summarise(loop.verdicts)}
         write_text(loop.writes / "summary.json", json.dumps(summary, indent=1))
-    return TrainResult(directory, loop.rows, loop.before, after, loop.verdicts, loop.run)
+    return TrainResult(directory, loop.rows, loop.before, after, loop.verdicts, loop.run, method.evaluated_role)
 
 
 def assemble(
@@ -219,6 +222,7 @@ def assemble(
     world: World,
 ) -> Loop:
     """A loop ready to iterate: adapted model, roles, optimisers. Arguments as in :func:`train_task`."""
+    check_needs(method, task, getattr(method, "config", None))
     model = method.adapt(task.model)
     if not isinstance(model.network, nn.Module):
         raise UserError(f"task {task.name} has no weights to train: its network is not an nn.Module")
@@ -227,8 +231,8 @@ def assemble(
     for spec in specs.values():
         if not isinstance(spec, Lagging) and spec.network is not None:
             spec.network.to(device)
-    # rollout and ratios see one function: dropout is off, and so is everything else that training mode turns on
-    roles = CopiedRoles(model.network.to(device).eval(), specs)
+    model.network.to(device)
+    roles = roles_of(model, specs, config.lora, config.seed)
     run = LoopRun(replace(task, model=model), roles, world, Noise(config.seed), config.forward_batch, device)
     trained: dict[str, Mapping[str, Any]] = {"current": {}}
     trained |= {name: spec.optimizer for name, spec in specs.items() if isinstance(spec, Trained)}

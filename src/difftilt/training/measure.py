@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from difftilt.errors import UserError
 from difftilt.models.ledger import Ledger
 from difftilt.process.grid import uniform_grid
 from difftilt.process.protocol import Condition
-from difftilt.rewards.protocol import Samples, Scores
+from difftilt.rewards.compose import WeightedSum
+from difftilt.rewards.protocol import Reward, Samples, Scores, SetReward
 from difftilt.sampling.drift import path_kl
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
@@ -56,6 +58,8 @@ def measure(run: LoopRun, role: str, sampler: Sampler, count: int, seed: int) ->
         seed: of prompts and noise.
     """
     groups, size = _heldout_groups(run, count)
+    for reward in (run.task.reward, *run.task.heldout.values()):
+        _large_enough(reward, groups, size)
     # where a process would go without a group, every process measures all of them: sets stay whole, numbers equal
     run = replace(run, ledger=Ledger(), world=run.world if groups >= run.world.size else World())
     noise = Noise(seed).named("evaluation")
@@ -92,6 +96,25 @@ def _heldout_groups(run: LoopRun, count: int) -> tuple[int, int]:
     """One group for every held-out prompt, or as many as there are pairs of samples; and the samples of each."""
     groups = min(len(run.task.heldout_prompts), max(1, count // 2))
     return groups, max(2, count // groups)
+
+
+def _large_enough(reward: Reward, groups: int, size: int) -> None:
+    """Refuse an evaluation that is too small for a reward of sets.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for part in reward.rewards.values() if isinstance(reward, WeightedSum) else ():
+        _large_enough(part, groups, size)
+    if not isinstance(reward, SetReward):
+        return
+    each = groups * size if reward.capabilities.pooled else size
+    if each < reward.smallest:
+        least = reward.smallest if reward.capabilities.pooled else groups * reward.smallest
+        raise UserError(
+            f"training.evaluation_samples gives {groups * size} samples, so sets of {each}, and {reward.name!r} scores "
+            f"sets of at least {reward.smallest}: raise it to {least}, or see what the reward offers for small sets"
+        )
 
 
 def heldout_batch(run: LoopRun, count: int) -> PromptBatch:

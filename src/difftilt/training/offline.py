@@ -7,6 +7,7 @@ stored but encoded again from the texts of the prompts. ``difftilt collect`` wri
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,19 +25,22 @@ from difftilt.models.fingerprint import READ, fingerprint
 from difftilt.models.ledger import Ledger
 from difftilt.process.protocol import Condition
 from difftilt.rewards.protocol import Reward, Samples
-from difftilt.rewards.scoring import score_components
+from difftilt.rewards.scoring import same_scores, score_components
 from difftilt.sampling.protocol import Edges, Sampler
 from difftilt.statistics.folds import compact, segment_count, segment_max, segment_min, segment_rank
 from difftilt.training.drawing import drawn
 from difftilt.training.experience import Experience, PromptBatch, scored_experience
 from difftilt.training.protocol import Run, Task
+from difftilt.training.provenance import Drawn, drawn_by
 from difftilt.trees import take
 
 DATA, MANIFEST = "data.safetensors", "manifest.json"
-VERSION = 2
+VERSION = 3
 """Of the two files that are written."""
 HASHED_WHOLE = 1
-"""The version before, whose ``weights`` is the SHA-256 of every value; it is read as well, any other is refused."""
+"""The first version, whose ``weights`` is the SHA-256 of every value."""
+READABLE = (HASHED_WHOLE, 2, VERSION)
+"""Versions that are read. Before the third there is no ``drawn``."""
 COMPONENTS = "components/"
 COLUMNS = ("index", "group", "prompt", "x_0", "rewards")
 
@@ -62,6 +66,8 @@ class Manifest(Config):
     """Groups whose rewards are all equal: nothing can be learned from their order."""
     weights: str
     """Fingerprint of the network that drew the samples."""
+    drawn: Drawn | None = None
+    """Process, output, solver and conditions; null before version 3, and then not compared."""
     grid: tuple[float, ...]
     guidance: float
     seed: int
@@ -208,7 +214,7 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): collect the data again") from error
-    if not isinstance(values, dict) or values.get("version") not in (HASHED_WHOLE, VERSION):  # pyright: ignore[reportUnknownMemberType]
+    if not isinstance(values, dict) or values.get("version") not in READABLE:  # pyright: ignore[reportUnknownMemberType]
         raise UserError(f"{path} is not of version {VERSION}: collect the data again")
     return parse(Manifest, values, str(path))  # pyright: ignore[reportUnknownArgumentType]
 
@@ -221,11 +227,20 @@ def _check_manifest(directory: Path, manifest: Manifest, task: Task, section: Ma
     elif manifest.weights != fingerprint(task.model.network, None if manifest.version == HASHED_WHOLE else READ):
         found.append("the samples were drawn by a model with other weights")
     found += _drawn_otherwise(manifest, task.sampler)
+    strange = [prompt for prompt in manifest.prompts if prompt not in set(task.prompts)]
+    if manifest.drawn is not None:
+        # another data set's prompts need not be any that this encoder knows
+        found += [] if strange else manifest.drawn.differences(drawn_by(task, manifest.prompts))
+    else:
+        warnings.warn(
+            f"data {directory} are of version {manifest.version}, which does not say by which process, output, solver "
+            "and encoder of texts they were drawn: that these are the task's was not checked",
+            stacklevel=3,
+        )
     own = None if section is None else dict(section)
     if (manifest.reward, manifest.reward_section) != (task.reward.name, own):
         there, here = ((manifest.reward, manifest.reward_section), (task.reward.name, own))
         found.append(f"the samples were scored by {_named(*there)}, the task's reward is {_named(*here)}")
-    strange = [prompt for prompt in manifest.prompts if prompt not in set(task.prompts)]
     if strange:
         found.append(f"{len(strange)} prompts are no training prompts of the task, the first is {strange[0]!r}")
     if manifest.group_size < 2:
@@ -281,9 +296,7 @@ def scores_again(data: Experience, task: Task, reward: Reward) -> bool:
     with torch.no_grad():
         fresh = score_components(reward, first_group(data, task), Ledger())
     held = {name: column[rows] for name, column in data.components.items()}
-    return fresh.keys() == held.keys() and all(
-        torch.allclose(fresh[name].cpu(), held[name], rtol=1e-3, atol=1e-4) for name in held
-    )
+    return same_scores(fresh, held)
 
 
 def _check_scores(directory: Path, data: Experience, task: Task) -> None:

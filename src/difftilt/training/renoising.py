@@ -157,3 +157,11 @@ def frozen(run: Run, role: str, x_t: Tensor, rows: Experience, guidance: float =
     """The same without gradient."""
     with torch.no_grad():
         return predicted(run, role, x_t, rows, guidance)
+
+
+def lagging(run: Run, role: str, x_t: Tensor, rows: Experience) -> GaussianPrediction | None:
+    """What a lagging role predicts, without gradient; None while it equals ``current``, whose pass then serves both.
+
+    A role that follows at the end of an iteration is evaluated as it was before the iteration's updates.
+    """
+    return None if run.roles.same(role, "current") else frozen(run, role, x_t, rows)

@@ -13,7 +13,7 @@ particle that stands in it.
 from difftilt.values.curriculum import Curriculum, fit_curriculum
 from difftilt.values.distillation import Distillation
 from difftilt.values.estimates import ClosedForm, LatentReward, Lookahead, PosteriorMean, Rollout, SampledX0
-from difftilt.values.learned import Learned, ValueNetwork, fit_value, noised_loss, regression_loss
+from difftilt.values.learned import Learned, fit_value, noised_loss, regression_loss
 from difftilt.values.noise_aware import Regressor, Term, Verified, terms_of
 from difftilt.values.process_reward import GradientGuide, Scorer, Strength, fit_process_reward
 from difftilt.values.protocol import Rows, Value
@@ -40,7 +40,6 @@ __all__ = [
     "Strength",
     "Term",
     "Value",
-    "ValueNetwork",
     "Verified",
     "fit_curriculum",
     "fit_process_reward",

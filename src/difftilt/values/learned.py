@@ -1,6 +1,5 @@
 """Values learned by regression on noised samples or on states of base trajectories (FK steering 3c, SVDD-MC)."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,7 +8,6 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from difftilt.models.mlp import MLP
 from difftilt.process.protocol import Condition, Prediction, Process
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.trees import take
@@ -33,29 +31,6 @@ class Learned:
         self, x_t: Tensor, t: Tensor, condition: Condition, prediction: Prediction | None, rows: Rows
     ) -> Float[Tensor, " batch"]:
         return self.network(x_t, t, condition)
-
-
-class ValueNetwork(nn.Module):
-    """A small perceptron on the flattened state and the time, with one output.
-
-    Args:
-        shape: of one state.
-        vocab: number of symbols with the mask, for tokens, which enter one-hot; None for continuous states.
-        hidden: units of its two hidden layers.
-        seed: of the initial weights.
-    """
-
-    def __init__(self, shape: tuple[int, ...], *, vocab: int | None = None, hidden: int = 64, seed: int = 0) -> None:
-        super().__init__()
-        self.vocab = vocab
-        self.network = MLP(math.prod(shape) * (vocab or 1), 1, hidden=hidden, seed=seed)
-
-    def forward(
-        self, x_t: Shaped[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition = None
-    ) -> Float[Tensor, " batch"]:
-        """The value; the condition is not used."""
-        state = x_t if self.vocab is None else nn.functional.one_hot(x_t, self.vocab)
-        return self.network(state.float(), t)[:, 0]
 
 
 def regression_loss(
@@ -107,7 +82,7 @@ def fit_value(
     """Fit ``network(x_t, t, condition)`` in place on noised samples at uniform times; returns the loss of each update.
 
     Args:
-        network: a :class:`ValueNetwork` or any module of that signature.
+        network: a ``models.process_reward.ProcessReward`` or any module of that signature.
         process: corrupts the samples.
         x_0: samples of the base model.
         reward: their rewards.

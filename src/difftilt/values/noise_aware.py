@@ -60,7 +60,7 @@ def terms_of(reward: Reward, fuse: bool) -> dict[str, Term]:
     if not fuse or not isinstance(reward, WeightedSum):
         return {reward.name: Term(reward)}
     for name, part in reward.rewards.items():
-        if part.capabilities.set_valued:
+        if part.capabilities.of_sets:
             raise UserError(f"candidates are ranked one by one; {name!r} scores sets: leave it out of the sum")
     weights = {name: weight for name, weight in reward.weights.items() if weight}
     if not weights:

@@ -25,11 +25,13 @@ class Point:
 
     Attributes:
         value: of the reward.
-        cost: evaluations, of the training or of steering one sample.
+        cost: evaluations, of the training or of steering one sample; or a number of samples.
+        at_least: the cost is a lower bound.
     """
 
     value: float
     cost: float
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Crossover:
 
     Attributes:
         trained, steered: their names.
-        points: value of the reward, and the number of samples from which training to it is the cheaper way.
+        points: value of the reward, and the number of samples from which training to it is the cheaper way; for a value
+            below the first one that steering was read at, at least that many, for less may have been enough to steer.
         beyond: values that training reached and steering, at the costs that were tried, did not.
         never: values that steering reaches at no more than plain sampling costs: training never pays.
     """
@@ -79,7 +82,7 @@ def _crossover(
         if cost is None:
             beyond.append(one.value)
         elif cost > sampling:
-            points.append(Point(one.value, one.cost / (cost - sampling)))
+            points.append(Point(one.value, one.cost / (cost - sampling), at_least=one.value < steering[0].value))
         else:
             never.append(one.value)
     return Crossover(trained, steered, tuple(points), tuple(beyond), tuple(never))
@@ -130,13 +133,21 @@ def save_crossover_picture(result: ArenaResult, path: Path) -> None:
     marks = dict(zip(dict.fromkeys(one.steered for one in found), "os^DvPX<>*hd" * 9, strict=False))
     for one in found:
         colour = palette(methods.index(one.trained) % 10)
-        x, y = [point.value for point in one.points], [point.cost for point in one.points]
-        name = plain(f"{one.trained} / {one.steered}")
-        axes.plot(x, y, color=colour, marker=marks[one.steered], ms=4.5, lw=1, label=name)
+        known, least = ([point for point in one.points if point.at_least == bound] for bound in (False, True))
+        name, mark = plain(f"{one.trained} / {one.steered}"), marks[one.steered]
+        axes.plot(
+            [p.value for p in known], [p.cost for p in known], color=colour, marker=mark, ms=4.5, lw=1, label=name
+        )
+        if least:  # hollow, with an arrow: the true number lies above
+            x, y = [p.value for p in least], [p.cost for p in least]
+            up = [0.5 * cost for cost in y]
+            axes.errorbar(x, y, up, lolims=True, fmt=mark, ms=4.5, lw=0.8, color=colour, mfc="none", capsize=2)
     axes.set_yscale("log")
     axes.set_xlabel(f"reward: {plain(result.reward).strip()}")
     axes.set_ylabel(f"samples from which training is cheaper\n(forward passes + {GRADIENT_PASS} · gradient passes)")
-    axes.set_title("training to a reward against steering to it", fontsize=10)
+    bounded = any(point.at_least for one in found for point in one.points)
+    title = "training to a reward against steering to it" + ("; hollow: at least so many" if bounded else "")
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25, which="both")
     if found:
         axes.legend(fontsize=8, frameon=False, loc="best")

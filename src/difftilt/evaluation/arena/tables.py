@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from difftilt.evaluation.arena.cost import CURRENCIES, GRADIENT_PASS, WORDS, Currency, evaluations, spent
-from difftilt.evaluation.arena.crossover import Crossover, crossovers
+from difftilt.evaluation.arena.crossover import Crossover, Point, crossovers
 from difftilt.evaluation.arena.records import ArenaResult, Entry, MemberRun, Reading
 
 
@@ -39,7 +39,7 @@ def grids(result: ArenaResult) -> list[Grid]:
     if target is not None and against is not None:
         found.append(_ratios(result, float(target), against))
     crossed = crossovers(result)
-    return [*found, _pays(crossed)] if crossed else found
+    return [*found, pays(crossed)] if crossed else found
 
 
 def basis(result: ArenaResult) -> str:
@@ -121,17 +121,21 @@ def _plain(result: ArenaResult, currency: Currency, title: str, names: list[str]
     return Grid(title, ["member", *names], rows)
 
 
-def _pays(crossed: Sequence[Crossover]) -> Grid:
+def pays(crossed: Sequence[Crossover]) -> Grid:
     """From how many samples on training is cheaper than steering to the same reward."""
     header = ["trained", "steered", "reward", "training pays from", "highest reward of training", "reached by steering"]
     rows: list[list[str]] = []
     for one in crossed:
         last = one.points[-1] if one.points else None
-        cells = ["", ""] if last is None else [f"{last.value:.3g}", f"{grouped(max(last.cost, 1))} samples"]
+        cells = ["", ""] if last is None else [f"{last.value:.3g}", _samples(last)]
         highest = max((*(point.value for point in one.points), *one.beyond, *one.never), default=math.nan)
         known = "" if math.isnan(highest) else f"{highest:.3g}"
         rows.append([one.trained, one.steered, *cells, known, "" if not known else "no" if one.beyond else "yes"])
     return Grid("Training against steering to the same reward", header, rows)
+
+
+def _samples(point: Point) -> str:
+    return f"{'≥ ' if point.at_least else ''}{grouped(max(point.cost, 1))} samples"
 
 
 def _until(result: ArenaResult, target: float) -> Grid:

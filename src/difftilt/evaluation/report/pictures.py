@@ -240,7 +240,8 @@ def _unseen(record: RunRecord) -> frozenset[str]:
         return frozenset()
     try:
         testbed = part.build()
-        task = testbed if isinstance(testbed, Task) else cast(Task, testbed.task())
+        # a testbed that knows its prompts is not made to load its model
+        task = testbed if hasattr(testbed, "heldout_prompts") else cast(Task, testbed.task())
     except UserError:
         return frozenset()
     return frozenset(task.heldout_prompts) - frozenset(task.prompts)

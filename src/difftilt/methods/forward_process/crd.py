@@ -32,7 +32,15 @@ from difftilt.sampling.protocol import NoiseSource
 from difftilt.training.drawing import drawn
 from difftilt.training.experience import Experience, scored_experience
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
-from difftilt.training.renoising import ForwardConfig, ForwardProcess, frozen, predicted, renoised, stratified_levels
+from difftilt.training.renoising import (
+    ForwardConfig,
+    ForwardProcess,
+    frozen,
+    lagging,
+    predicted,
+    renoised,
+    stratified_levels,
+)
 from difftilt.training.two_pass import in_pieces
 
 CARD = Card(
@@ -145,7 +153,7 @@ class CRD(ForwardProcess[Config]):
         x_t = renoised(run.denoiser("current").process, rows, run.noise)
         # frozen passes come first, so that nothing stands between the forward pass with gradient and its backward pass
         anchor = frozen(run, "reference", x_t, rows, config.kl_guidance) if config.kl_weight else None
-        old = self._old(run, x_t, rows)
+        old = lagging(run, "old", x_t, rows)
         prediction = predicted(run, "current", x_t, rows)
         implicit = self._implicit(prediction, old, rows)
         baselines = self._baselines(implicit.detach(), rows)
@@ -154,13 +162,6 @@ class CRD(ForwardProcess[Config]):
         if anchor is not None:
             terms["kl"] = Term(self._strength(rows.label) * velocity_gap(prediction, anchor), config.kl_weight)
         return Loss(terms, {"optimality": rows.label, "implicit_reward": implicit.detach().abs()})
-
-    def _old(self, run: Run, x_t: Tensor, rows: Experience) -> GaussianPrediction | None:
-        """What ``old`` predicts; None while it equals ``current`` and one pass serves both.
-
-        ``old`` follows at the end of an iteration only, so what is evaluated here is what held before its updates.
-        """
-        return None if run.roles.same("old", "current") else frozen(run, "old", x_t, rows)
 
     def _implicit(
         self, prediction: GaussianPrediction, old: GaussianPrediction | None, rows: Experience
@@ -172,7 +173,7 @@ class CRD(ForwardProcess[Config]):
 
     def _measured(self, run: Run, rows: Experience) -> Float[Tensor, " rows"]:
         x_t = renoised(run.denoiser("current").process, rows, run.noise)
-        return self._implicit(predicted(run, "current", x_t, rows), self._old(run, x_t, rows), rows)
+        return self._implicit(predicted(run, "current", x_t, rows), lagging(run, "old", x_t, rows), rows)
 
     def _baselines(self, implicit: Float[Tensor, " rows"], rows: Experience) -> Baselines:
         """Of the cells of these rows, or those that were found for the whole update."""

@@ -35,6 +35,7 @@ from difftilt.training.renoising import (
     ForwardConfig,
     ForwardProcess,
     frozen,
+    lagging,
     predicted,
     random_levels,
     renoised,
@@ -136,9 +137,8 @@ class DiffusionNFT(ForwardProcess[Config]):
         x_t = renoised(run.denoiser("current").process, rows, noise)
         # frozen passes come first, so that nothing stands between the forward pass with gradient and its backward pass
         penalty = self._penalty(run, x_t, rows) if config.kl_weight else None
-        # while behaviour still equals current, one forward pass serves both (the loss detaches the old one)
-        same = run.roles.same("behaviour", "current")
-        old = None if same else frozen(run, "behaviour", x_t, rows)
+        # where behaviour still equals current, one forward pass serves both (the loss detaches the old one)
+        old = lagging(run, "behaviour", x_t, rows)
         prediction = predicted(run, "current", x_t, rows)
         policy = nft_loss(
             prediction,

@@ -24,10 +24,12 @@ from difftilt.credit.sets import Partition, partners, swap_sets, top_half
 from difftilt.errors import UserError
 from difftilt.objectives.denoising import ErrorSpace, denoising_error
 from difftilt.objectives.preference import gain_preference, kto, kto_offset
+from difftilt.rewards.checked import CheckedSets
 from difftilt.rewards.instances import MeanReward, as_set
-from difftilt.rewards.protocol import Samples, Scores, SetReward
+from difftilt.rewards.protocol import Samples, Scores
 from difftilt.sampling.protocol import Edges, NoiseSource
 from difftilt.training.experience import Experience, PromptBatch, scored_experience
+from difftilt.training.needs import check_space
 from difftilt.training.protocol import Loss, Phase, Run, Task, Term
 from difftilt.training.renoising import ForwardConfig, ForwardProcess, levels, predicted, renoised
 from difftilt.training.two_pass import in_pieces
@@ -101,6 +103,7 @@ class Dragon(ForwardProcess[Config]):
 
     Attributes:
         reward: of sets; an instance reward as its mean.
+        single: whether it is one of samples.
 
     Raises:
         UserError: for tokens, a reward of sets that cannot be searched, or sets too small for it.
@@ -108,9 +111,12 @@ class Dragon(ForwardProcess[Config]):
 
     def __init__(self, config: Config, task: Task) -> None:
         super().__init__(config, task, CARD.name)
-        self.reward: SetReward = as_set(task.reward)
+        reward = as_set(task.reward)
+        self.single = isinstance(reward, MeanReward)
+        self.reward = CheckedSets(reward)
         size = config.groups * config.group_size // 2
         if size < self.reward.smallest:
+            check_space(reward, task)
             raise UserError(
                 f"dragon cuts a round of {2 * size} samples in two sets of {size}, and {task.reward.name} scores sets "
                 f"of at least {self.reward.smallest}: raise method.groups, or see what the reward offers for small sets"
@@ -128,7 +134,7 @@ class Dragon(ForwardProcess[Config]):
         return replace(record, label=found.label, pair=partners(batch.group) if config.paired else None)
 
     def _rewarded(self, run: Run, samples: Samples) -> Rewarded:
-        if isinstance(self.reward, MeanReward):
+        if self.single:
             scores = run.score(samples)
             return Rewarded(scores.total.double()[:, None], scores)
         return Rewarded(run.features(self.reward, samples).double(), None)
@@ -136,7 +142,7 @@ class Dragon(ForwardProcess[Config]):
     def _search(self, features: Tensor, group: Tensor, order: Tensor) -> Partition:
         """The two sets of the round of all processes."""
         config = self.config
-        if isinstance(self.reward, MeanReward) and not config.paired:
+        if self.single and not config.paired:
             return Partition.of(top_half(features[:, 0]), features, self.reward.score_features)
         return swap_sets(
             features,

@@ -91,6 +91,11 @@ class GDRO(ForwardProcess[Config]):
                 f"gdro needs offline data, which {task.name!r} does not offer: make some with `difftilt collect` and "
                 "name them with data=DIR, or set method.collect to the number of groups to draw before training"
             )
+        if task.data is not None and config.steps is not None and config.times == "uniform":
+            raise UserError(
+                f"method.steps = {config.steps} says how groups are drawn, and the data of {task.name!r} are drawn "
+                "already: leave steps and shift out, or set method.times to grid, which re-noises to their times"
+            )
         self.task = task
         self.groups: Groups | None = None
         if task.data is not None:

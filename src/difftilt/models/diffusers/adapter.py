@@ -1,0 +1,333 @@
+"""What difftilt needs to know of a family of pipelines, and all that the families share.
+
+A family is one file: it names its pipelines and its text encoders, says how its network is called, and what of
+:class:`Adapter` differs. The network sees difftilt's time, t = 0 at the data; :class:`Backbone` tells it its own.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from difftilt.errors import UserError
+from difftilt.models.denoiser import device_of
+from difftilt.models.diffusers.options import PipelineOptions
+from difftilt.models.diffusers.schedules import Schedule, dynamic_shift, replaced, schedule_of
+from difftilt.models.diffusers.texts import EncodedTexts, Rows, cache_folder, identity_of
+from difftilt.models.lora import save_peft
+from difftilt.models.protocol import GenerativeModel, Weights
+from difftilt.process.gaussian import expand
+from difftilt.process.protocol import Condition
+
+
+class Backbone(nn.Module):
+    """The network of a pipeline as ``(x_t, t, condition) -> raw output``. It holds nothing else of the pipeline.
+
+    Args:
+        network: UNet or transformer; its own precision is what it computes in.
+        schedule: gives the network's clock, and how a consistency model mixes its output with the state.
+    """
+
+    def __init__(self, network: nn.Module, schedule: Schedule) -> None:
+        super().__init__()
+        self.network, self.schedule = network, schedule
+
+    @property
+    def inner(self) -> nn.Module:
+        """The network of the pipeline itself, whose names of layers other libraries know."""
+        return self.network
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All networks that are trained, in the order of :attr:`Adapter.denoisers`."""
+        return (self.network,)
+
+    def forward(
+        self, x_t: Float[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition
+    ) -> Float[Tensor, "batch *shape"]:
+        told = self.schedule.clock(t)
+        # some networks keep a few weights in float32: their own word is better than the first weight's
+        dtype = getattr(self.network, "dtype", None) or next(self.network.parameters()).dtype
+        output = self.call(x_t.to(dtype), told, condition)
+        return output if self.schedule.mixing is None else self._mixed(output, x_t, t, told)
+
+    def call(self, x: Tensor, timestep: Float[Tensor, " batch"], condition: Mapping[str, Tensor]) -> Tensor:
+        """The raw output, from what the network itself takes."""
+        raise NotImplementedError
+
+    def _mixed(self, output: Tensor, x_t: Tensor, t: Tensor, told: Tensor) -> Tensor:
+        """c_out·x0 + c_skip·x_t, which is x_t at the data end whatever the network says (Song et al. 2023)."""
+        schedule, half = self.schedule, 0.5  # standard deviation that the data is taken to have
+        time = told * (schedule.mixing or 0.0)
+        skip, out = half**2 / (time**2 + half**2), time / (time**2 + half**2).sqrt()
+        x0 = schedule.process.predict(output, x_t, t, schedule.predicts).x0
+        return expand(out, x0) * x0 + expand(skip, x0) * x_t
+
+
+class Adapter:
+    """A pipeline as a :class:`~difftilt.models.protocol.GenerativeModel`, with the sampling that it does when called.
+
+    Args:
+        options: of the call.
+        pipe: the pipeline; its VAE and text encoders are frozen, everything else is left as it is.
+
+    Raises:
+        UserError: for options or a scheduler that this pipeline cannot be sampled with.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    """Classes of ``diffusers`` that the family serves."""
+    backbone: ClassVar[type[Backbone]]
+    """How the network is called."""
+    denoisers: ClassVar[tuple[str, ...]] = ("transformer",)
+    """Components of the pipeline that are trained."""
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    """Components that read the prompt."""
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the layers that adapters go on by default: those of attention."""
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    """Components that cut the prompt into tokens."""
+
+    def __init__(self, options: PipelineOptions, pipe: Any) -> None:
+        self.options, self.pipe = options, pipe
+        for name in ("vae", *self.encoders):
+            component = self._component(name)
+            if component is not None:
+                component.requires_grad_(False).eval()
+        self._prepare_vae()
+        self.texts = EncodedTexts(
+            self._encode_on, cache(self._identity), cache_folder(options.cache), options.text_batch
+        )
+
+    def chosen(self, option: str, parameter: str | None = None) -> Any:
+        """An option, or the default of the pipeline's own call."""
+        value = getattr(self.options, option)
+        if value is not None:
+            return value
+        signature = inspect.signature(type(self.pipe).__call__)
+        found = signature.parameters.get(parameter or option)
+        return None if found is None or found.default is inspect.Parameter.empty else found.default
+
+    @cached_property
+    def steps(self) -> int:
+        """Network evaluations of one sample."""
+        return int(self.chosen("steps", "num_inference_steps"))
+
+    @cached_property
+    def scale(self) -> float:
+        """``guidance_scale`` of the call."""
+        return float(self.chosen("guidance", "guidance_scale"))
+
+    @property
+    def distilled(self) -> bool:
+        """The network is told the guidance scale; there is no unconditional branch."""
+        return False
+
+    @property
+    def guidance(self) -> float:
+        """Of classifier-free guidance, 1 where the pipeline does without."""
+        return 1.0 if self.distilled else max(self.scale, 1.0)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """What the scheduler with this number of steps comes to."""
+        scheduler, other = self.pipe.scheduler, self.options.scheduler
+        scheduler = scheduler if other is None else replaced(scheduler, other)
+        try:
+            return schedule_of(scheduler, self.steps, sigmas=self.sigmas(), mu=dynamic_shift(scheduler, self.tokens()))
+        except (ValueError, IndexError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{self.steps} steps of {type(scheduler).__name__}: {error}") from error
+
+    def sigmas(self) -> Sequence[float] | None:
+        """What the pipeline hands to its scheduler in place of a number of steps."""
+        return None
+
+    def tokens(self) -> int:
+        """Length of a sample as the network sees it, which a dynamic time shift depends on."""
+        return 0
+
+    @cached_property
+    def network(self) -> Backbone:
+        """The network behind difftilt's signature."""
+        return self.backbone(self._component(self.denoisers[0]), self.schedule)
+
+    @cached_property
+    def model(self) -> GenerativeModel:
+        """The pipeline as every method sees it."""
+        return GenerativeModel(
+            network=self.network,
+            process=self.schedule.process,
+            output=self.schedule.output,
+            shape=self.shape(),
+            encode=self.encode,
+            decode=self.decode,
+            null_condition=None if self.distilled else self.null_condition,
+            export=self.export,
+            lora_targets=self.lora_targets,
+        )
+
+    def export(self, weights: Weights, folder: Path) -> None:
+        """A LoRA for ``pipe.load_lora_weights(folder)``, with a ``peft`` folder beside it; or the whole pipeline.
+
+        Args:
+            weights: of the network, or of an adapter on it.
+            folder: to write to.
+        """
+        name, lora = self.denoisers[0], weights.lora()
+        if lora is not None:
+            layers = {key: value.detach().cpu() for key, value in weights.tensors().items()}
+            named = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": lora}
+            type(self.pipe).save_lora_weights(folder, **named)
+            save_peft(weights, folder / "peft")
+            return
+        theirs = cast(Backbone, weights.module).networks()
+        mine = {name: self._component(name) for name, _ in zip(self.denoisers, theirs, strict=False)}
+        try:
+            for name, network in zip(mine, theirs, strict=True):
+                setattr(self.pipe, name, network)
+            self.pipe.save_pretrained(folder)
+        finally:
+            for name, network in mine.items():
+                setattr(self.pipe, name, network)
+
+    def shape(self) -> tuple[int, ...]:
+        """Of one latent: (channel, height, width)."""
+        height, width = self.size
+        factor = self.pipe.vae_scale_factor
+        return (self._component(self.denoisers[0]).config.in_channels, height // factor, width // factor)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels.
+
+        Raises:
+            UserError: if the pipeline has no samples of this size.
+        """
+        default = self.default_size()
+        size = (self.options.height or default[0], self.options.width or default[1])
+        for name, value in zip(("height", "width"), size, strict=True):
+            if value % self.multiple():
+                raise UserError(f"{name} = {value}: this pipeline needs a multiple of {self.multiple()}")
+        return size
+
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the pipeline samples by itself."""
+        side: int = self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        return side, side
+
+    def multiple(self) -> int:
+        """What height and width must be multiples of."""
+        return self.pipe.vae_scale_factor
+
+    def packed(self, latents: Float[Tensor, "batch *shape"]) -> Tensor:
+        """Latents as the pipeline's own call takes them."""
+        return latents
+
+    def unpacked(self, latents: Tensor) -> Float[Tensor, "batch *shape"]:
+        """Inverse of :meth:`packed`."""
+        return latents
+
+    def encode(self, prompts: Sequence[str]) -> Rows:
+        """Condition of each prompt, on the CPU."""
+        return self.texts(prompts)
+
+    def null_condition(self, rows: int) -> Rows:
+        """Condition of the unconditional branch, on the device of the network."""
+        device = device_of(self.network)
+        if not hasattr(self, "_null") or self._null_device != device:
+            self._null_device = device
+            self._null = {name: value.to(device) for name, value in self.negative().items()}
+        return {name: value.expand(rows, *value.shape[1:]) for name, value in self._null.items()}
+
+    def negative(self) -> Rows:
+        """One row: the condition of the negative prompt, empty where none is given."""
+        return self.encode([self.options.negative_prompt or ""])
+
+    def embed(self, prompts: Sequence[str], device: torch.device) -> Rows:
+        """Condition of each prompt by the pipeline's own ``encode_prompt``."""
+        raise NotImplementedError
+
+    def _encode_on(self, prompts: Sequence[str]) -> Rows:
+        """:meth:`embed` on the device of the network, which the encoders leave afterwards."""
+        device = device_of(self.network)
+        encoders = [module for module in map(self._component, self.encoders) if module is not None]
+        try:
+            for encoder in encoders:
+                encoder.to(device)
+            with torch.no_grad():
+                return self.embed(list(prompts), device)
+        finally:
+            for encoder in encoders:
+                encoder.to("cpu")
+
+    def _identity(self) -> str:
+        modules = [module for module in map(self._component, self.encoders) if module is not None]
+        tokenizers = [one for one in map(self._component, self.tokenizers) if one is not None]
+        return identity_of(self.text_settings(), modules, tokenizers)
+
+    def text_settings(self) -> dict[str, Any]:
+        """What the condition of a prompt depends on besides encoders and tokenizers."""
+        settings = (type(self.pipe).__name__, self.chosen("max_sequence_length"))
+        return dict(zip(("pipeline", "max_sequence_length"), settings, strict=True))
+
+    def decode(self, latents: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *media"]:
+        """Latents to media in [0, 1]; gradients are kept, a clipped value passes none."""
+        vae = self._vae_on(latents.device)
+        media = vae.decode(self.unscaled(latents).to(vae.dtype), return_dict=False)[0]
+        return (media.float() / 2 + 0.5).clamp(0, 1)
+
+    def latents(self, media: Float[Tensor, "batch *media"]) -> Float[Tensor, "batch *shape"]:
+        """Media in [0, 1] to latents, at the mode of the encoder's law."""
+        vae = self._vae_on(media.device)
+        law = vae.encode((2 * media - 1).to(vae.dtype), return_dict=False)[0]
+        return self.scaled(law.mode().float())
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Latents of the network to those of the VAE: z·std/scaling_factor + mean + shift_factor, by its settings."""
+        scale, shift = self._scales(latents)
+        return latents * scale + shift
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Inverse of :meth:`unscaled`."""
+        scale, shift = self._scales(latents)
+        return (latents - shift) / scale
+
+    def _scales(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift of each channel."""
+        config = self._component("vae").config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            mean, std = [0.0], [1.0]
+        shape = (1, -1, *[1] * (like.dim() - 2))
+        scale = torch.tensor(std).to(like).reshape(shape) / (config.get("scaling_factor") or 1.0)
+        return scale, torch.tensor(mean).to(like).reshape(shape) + (config.get("shift_factor") or 0.0)
+
+    def _prepare_vae(self) -> None:
+        vae = self._component("vae")
+        if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
+            vae.to(torch.float32)  # overflows in half precision, as its settings say
+        if self.options.vae_slicing:
+            vae.enable_slicing()
+        if self.options.vae_tiling:
+            vae.enable_tiling()
+
+    def _vae_on(self, device: torch.device) -> Any:
+        vae = self._component("vae")
+        return vae if vae.device == device else vae.to(device)
+
+    def _component(self, name: str) -> Any:
+        return getattr(self.pipe, name, None)
+
+
+AdapterClass = Callable[[PipelineOptions, Any], Adapter]
+
+
+def serves(adapter: object) -> tuple[str, ...]:
+    """Classes of pipelines that an adapter serves."""
+    return cast(tuple[str, ...], getattr(adapter, "pipelines", ()))

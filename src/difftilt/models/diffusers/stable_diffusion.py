@@ -1,0 +1,62 @@
+"""Stable Diffusion 1.x and 2.x: a UNet on the latents of an image, one CLIP text encoder.
+
+Its few-step relatives are the same network: turbo models differ by their scheduler alone, latent consistency models
+(Luo et al. 2023, arXiv 2310.04378) are told the guidance scale.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from difftilt.card import Card
+from difftilt.models.diffusers.adapter import Adapter, Backbone
+from difftilt.models.diffusers.texts import Rows
+
+CARD = Card(
+    name="stable-diffusion",
+    entry="StableDiffusion",
+    paper="Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models, arXiv 2112.10752",
+)
+
+
+class UNet(Backbone):
+    """The UNet, with the text as the keys of its cross-attention."""
+
+    def call(self, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        told = condition.get("guidance")
+        return self.network(
+            x,
+            timestep,
+            encoder_hidden_states=condition["text"].to(x.dtype),
+            timestep_cond=None if told is None else told.to(x.dtype),
+            return_dict=False,
+        )[0]
+
+
+class StableDiffusion(Adapter):
+    """``StableDiffusionPipeline``, also distilled to few steps; the safety checker of the pipeline is not asked."""
+
+    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    backbone = UNet
+    denoisers = ("unet",)
+
+    def default_size(self) -> tuple[int, int]:
+        side = self.pipe.unet.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
+
+    @property
+    def distilled(self) -> bool:
+        return self.pipe.unet.config.time_cond_proj_dim is not None
+
+    def encode(self, prompts: Sequence[str]) -> Rows:
+        rows = super().encode(prompts)
+        if self.distilled:  # the scale comes as a vector, like the time
+            told = torch.full((len(prompts),), self.scale - 1)
+            size = self.pipe.unet.config.time_cond_proj_dim
+            rows["guidance"] = self.pipe.get_guidance_scale_embedding(told, embedding_dim=size)
+        return rows
+
+    def embed(self, prompts: Sequence[str], device: torch.device) -> Rows:
+        return {"text": self.pipe.encode_prompt(list(prompts), device, 1, False)[0]}
