@@ -45,7 +45,7 @@ def _one_core() -> Generator[None]:
 
 
 def connect(reward: str = "served_rewards:faulty", **changes: Any) -> RayReward:
-    fields: dict[str, Any] = {"cpus": 0.5, "batch": 3, "retries": 2, "backoff": 0.1, **changes}
+    fields: dict[str, Any] = {"cpus": 0.1, "batch": 3, "retries": 2, "backoff": 0.1, **changes}
     return RayReward(Config(reward=reward, **fields))
 
 
@@ -103,7 +103,7 @@ def test_a_run_with_actors_is_the_run_without(tmp_path: Path) -> None:
         "method": {"name": "diffusion-nft", "groups": 4, "group_size": 16},
         "training": {"iterations": 2, "forward_batch": 32, "evaluation_samples": 8},
     }
-    served = {"name": "ray-actors", "reward": "served_rewards:faulty", "actors": 1, "batch": 8}
+    served = {"name": "ray-actors", "reward": "served_rewards:faulty", "actors": 1, "cpus": 0.1, "batch": 8}
     with without_pictures():
         done = [
             difftilt.train(recipe | {"reward": reward}, tmp_path / str(place))

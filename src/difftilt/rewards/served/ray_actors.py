@@ -88,6 +88,8 @@ class Actors:
             "num_cpus": config.cpus,
             "num_gpus": config.gpus,
             "max_restarts": config.retries,
+            # else whatever is asked while an actor starts again would fail at once
+            "max_task_retries": config.retries,
             "runtime_env": {"env_vars": {"PYTHONPATH": places}},
         }
         holder = ray.remote(_Holder).options(**options)
