@@ -254,6 +254,7 @@ score_in_background(as_reward(stuck, "stuck", Capabilities(background=True)), it
 """
 
 
+@pytest.mark.long  # it imports everything anew
 def test_ctrl_c_does_not_wait_for_a_reward_that_hangs(tmp_path: Path) -> None:
     script = tmp_path / "stuck.py"
     script.write_text(STUCK)
