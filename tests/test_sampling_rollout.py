@@ -338,6 +338,17 @@ def test_rows_of_edges_share_the_states_and_joined_edges_share_theirs() -> None:
     assert torch.equal(both.x_s, torch.cat([edges.x_s, other.x_s]))
 
 
+def test_mappings_are_joined_by_name_whatever_their_order() -> None:
+    one, two, few, many = torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 3, 2), torch.ones(1, 3, 2)
+    both = join([{"text": few, "pooled": one}, {"pooled": two, "text": many}])
+    assert list(both) == ["text", "pooled"]
+    assert torch.equal(both["text"], torch.cat([few, many]))
+    assert torch.equal(both["pooled"], torch.cat([one, two]))
+    # as well where a wrong pair would have the right shape
+    both = join([{"a": one, "b": two}, {"b": two, "a": one}])
+    assert both["a"].sum() == 0
+
+
 def test_pools_and_plain_rows_are_joined_in_order() -> None:
     rows, store = torch.arange(4.0)[:, None], torch.arange(10.0, 13.0)[:, None]
     both = join([{"x": Pooled(store, torch.tensor([2, 0]))}, {"x": rows}])["x"]

@@ -6,16 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import difftilt
 from difftilt.errors import UserError
+from difftilt.models import denoiser
 from difftilt.rewards import as_reward
 from difftilt.rewards.protocol import Samples
 from difftilt.sampling.kernels import DDIM, FlowSDE
+from difftilt.sampling.noise import Noise
+from difftilt.steering.find import FIND, FINDConfig
+from difftilt.steering.learned_noise import Learned
 from difftilt.testbeds import Mixtures
 from difftilt.testbeds.pipeline import TaskOptions, pipeline_task
-from pipelines import PROMPTS, stable_diffusion, stable_diffusion_3
+from pipelines import PROMPTS, made, stable_diffusion, stable_diffusion_3
 from training_runs import without_pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning")
@@ -23,6 +28,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning")
 ROOT = Path(__file__).parent.parent
 TRAINING = {"iterations": 1, "forward_batch": 4, "evaluation_samples": 4, "evaluate_every": 0}
 SIZES = {"groups": 2, "group_size": 4}
+
+
+def euler() -> Any:
+    return stable_diffusion(made("EulerDiscreteScheduler", beta_schedule="scaled_linear", timestep_spacing="leading"))
 
 
 def brightness(samples: Samples) -> Tensor:
@@ -150,3 +159,25 @@ def test_noise_of_the_steps_follows_the_process() -> None:
     assert kernel(stable_diffusion(), None) == DDIM(1.0)
     assert kernel(stable_diffusion(), 0.3) == DDIM(0.3)
     assert kernel(stable_diffusion_3(), None) == FlowSDE(0.7)
+
+
+@pytest.mark.parametrize("family", [stable_diffusion, euler, stable_diffusion_3])
+def test_learned_noise_is_what_the_stock_pipeline_takes_as_latents(tmp_path: Path, family: Any) -> None:
+    # fitted, kept in a file, and drawn from: FIND's fresh samples are the pipeline's own of the same latents
+    pipe, prompt = family(), PROMPTS[0]
+    task = pipeline_task(pipe, as_reward(brightness), [prompt], None, TaskOptions(**options(tmp_path)))
+    steerer = FIND(FINDConfig(iterations=3, learning_rate=0.2, samples=2, value_hidden=4))
+    model = denoiser(task.model, guidance=task.sampler.guidance)
+    steerer.fit(task, model, task.reward, [prompt], Noise(0))
+    save_file(dict(steerer.state_dict()), tmp_path / "noise.safetensors")
+    learned = Learned.of_state(load_file(tmp_path / "noise.safetensors"))
+    steerer.load_state_dict(load_file(tmp_path / "noise.safetensors"))
+    steered = steerer.steer(task, model, task.reward, [prompt], Noise(1))
+    law = learned.law([prompt], task.model.shape)
+    assert law.mean.abs().max() > 0.1
+    z = law.draws(torch.arange(1), 2, Noise(1), "fresh")[0]
+    call = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
+    stock = pipe([prompt] * 2, latents=z, **call).images
+    torch.testing.assert_close(steered.media, stock, atol=1e-4, rtol=0)
+    # the noise is learned unscaled: the pipeline scales what it is given
+    assert (pipe([prompt] * 2, latents=2 * z, **call).images - stock).abs().max() > 1e-3

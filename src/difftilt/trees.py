@@ -61,7 +61,10 @@ def _map(function: Callable[[Tensor], Any], tree: Any, pooled: Callable[[Pooled]
         changes = {f.name: _map(function, getattr(tree, f.name), pooled) for f in fields if f.init}
         return dataclasses.replace(cast(Any, tree), **changes)
     if isinstance(tree, Mapping):
-        return {key: _map(function, value, pooled) for key, value in cast(Mapping[Any, Any], tree).items()}
+        # by name: two mappings of one structure need not hold their entries in one order
+        named = cast(Mapping[Any, Any], tree)
+        made = {key: _map(function, named[key], pooled) for key in sorted(named, key=str)}
+        return {key: made[key] for key in named}
     if isinstance(tree, tuple | list):
         items = [_map(function, value, pooled) for value in cast(Sequence[Any], tree)]
         return tuple(items) if isinstance(tree, tuple) else items

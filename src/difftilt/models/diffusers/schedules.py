@@ -5,6 +5,7 @@ DPM-Solver) is no distribution that a policy gradient or a search could ask. The
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -89,7 +90,8 @@ def schedule_of(
             f"the steps of {name} cannot be reproduced: a kernel takes one network evaluation and remembers none; "
             f"known are {', '.join(sorted(READERS))}. {_remedy(scheduler)}"
         )
-    return READERS[name](type(scheduler).from_config(scheduler.config), steps, sigmas, mu)
+    # copied whole: made anew from its settings it would lose those that a pipeline has corrected
+    return READERS[name](deepcopy(scheduler), steps, sigmas, mu)
 
 
 def _remedy(scheduler: Any) -> str:
