@@ -1,8 +1,10 @@
-"""Particle steerers that branch or prune: their overhead over the network calls that they make."""
+"""Steerers against bare forwards of the very batches that they make, and those that branch or prune among them."""
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from benchmarks.paired import Subject
 from benchmarks.workload import NetworkClock, Size, make_inputs, make_task, shapes_of
@@ -49,35 +51,59 @@ def ttsnap_overhead(size: Size) -> Subject:
 
 
 def _subject(name: str, size: Size, task: Task, steerer: Steerer, words: str) -> Subject:
-    """A call against bare forwards of the very batches that it makes."""
+    """A call for one of the classes of the benchmarks' network."""
     inputs, network = make_inputs(size), task.model.network
     assert isinstance(network, torch.nn.Module)
-    clock, inside, rows = NetworkClock(network), list[float](), list[int]()
+    search = Search(task, steerer, "3", lambda count: (inputs.x_t[:count], inputs.t[:count], inputs.label[:count]))
+    return search.subject(name, words, shapes_of(size, network))
 
-    def program() -> Steered:
-        clock.read()
-        outcome = steerer.steer(task, denoiser(task.model), task.reward, ["3"], Noise(0))
-        inside.append(clock.read())
-        return outcome
 
-    handle = network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
-    spent = program().ledger
-    handle.remove()
-    assert sum(rows) == spent.nfe
+@dataclass(frozen=True)
+class Search:
+    """A search with one prompt, and what the network is called with where nothing is searched.
 
-    def floor() -> None:
-        with torch.no_grad():
-            for count in rows:
-                network(inputs.x_t[:count], inputs.t[:count], inputs.label[:count])
+    Attributes:
+        inputs: rows -> arguments of the network.
+    """
 
-    return Subject(
-        name=name,
-        bound=1.10,
-        program=words,
-        floor=f"{len(rows)} forwards of the same network with the same numbers of rows, without gradient",
-        run_program=program,
-        run_floor=floor,
-        shapes=shapes_of(size, network),
-        extra={"nfe": spent.nfe, "network_calls": len(rows), "reward_calls": spent.reward_calls},
-        phases={"network": inside},
-    )
+    task: Task
+    steerer: Steerer
+    prompt: str
+    inputs: Callable[[int], tuple[Tensor, ...]]
+
+    def steered(self) -> Steered:
+        model = denoiser(self.task.model)
+        return self.steerer.steer(self.task, model, self.task.reward, [self.prompt], Noise(0))
+
+    def subject(self, name: str, words: str, shapes: Mapping[str, object]) -> Subject:
+        """The search against forwards with the same numbers of rows."""
+        network, rows, inside = self.task.model.network, list[int](), list[float]()
+        assert isinstance(network, torch.nn.Module)
+        clock = NetworkClock(network)
+        handle = network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+        spent = self.steered().ledger
+        handle.remove()
+        assert sum(rows) == spent.nfe
+
+        def program() -> Steered:
+            clock.read()
+            outcome = self.steered()
+            inside.append(clock.read())
+            return outcome
+
+        def floor() -> None:
+            with torch.no_grad():
+                for count in rows:
+                    network(*self.inputs(count))
+
+        return Subject(
+            name=name,
+            bound=1.10,
+            program=words,
+            floor=f"{len(rows)} forwards of the same network with the same numbers of rows, without gradient",
+            run_program=program,
+            run_floor=floor,
+            shapes=shapes,
+            extra={"nfe": spent.nfe, "network_calls": len(rows), "reward_calls": spent.reward_calls},
+            phases={"network": inside},
+        )

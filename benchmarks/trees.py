@@ -1,14 +1,14 @@
 """Tree search: its overhead over the network calls it makes, and what batching its frontier gains."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.paired import Subject
-from benchmarks.workload import NetworkClock, Size, make_inputs, make_task, shapes_of
+from benchmarks.steering import Search
+from benchmarks.workload import Size, make_inputs, make_task, shapes_of
 from difftilt.models.denoiser import denoiser
 from difftilt.models.masked_transformer import MaskedTransformer
 from difftilt.models.protocol import GenerativeModel
@@ -22,7 +22,7 @@ from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
 from difftilt.steering.dts import DTS, DTSConfig
 from difftilt.steering.peptune import PepTune, PepTuneConfig
-from difftilt.steering.protocol import Steered, Steerer
+from difftilt.steering.protocol import Steered
 from difftilt.training.protocol import Task
 
 ROLLOUTS = 128
@@ -37,7 +37,7 @@ def dts_overhead(size: Size) -> Subject:
     network = task.model.network
     assert isinstance(network, torch.nn.Module)
     steerer = DTS(DTSConfig(rollouts=ROLLOUTS, batch=min(size.batch, 32)))
-    search = _Search(task, steerer, "3", lambda count: (inputs.x_t[:count], inputs.t[:count], inputs.label[:count]))
+    search = Search(task, steerer, "3", lambda count: (inputs.x_t[:count], inputs.t[:count], inputs.label[:count]))
     words = f"DTS of one prompt, {ROLLOUTS} rollouts of {size.steps} steps, {steerer.config.batch} under way"
     return search.subject("dts", words, shapes_of(size, network))
 
@@ -54,7 +54,7 @@ def peptune_overhead(size: Size) -> Subject:
     task = Task("tokens", model, WeightedSum(shares, dict.fromkeys(shares, 1.0)), ("",), ("",), sampler)
     steerer = PepTune(PepTuneConfig(iterations=8, children=children))
     state, t = torch.full((children, length), SYMBOLS), torch.full((children,), 0.5)
-    search = _Search(task, steerer, "", lambda count: (state[:count], t[:count]))
+    search = Search(task, steerer, "", lambda count: (state[:count], t[:count]))
     words = f"PepTune of one prompt, 8 iterations of {children} children, 10 steps, 3 objectives"
     parameters = sum(parameter.numel() for parameter in network.parameters())
     shapes = {"tokens": length, "vocab": SYMBOLS, "width": size.width, "depth": size.depth, "parameters": parameters}
@@ -63,57 +63,6 @@ def peptune_overhead(size: Size) -> Subject:
 
 def _share(symbol: int, samples: Samples) -> Tensor:
     return (samples.media == symbol).float().mean(1)
-
-
-@dataclass(frozen=True)
-class _Search:
-    """A search with one prompt, and what the network is called with where nothing is searched.
-
-    Attributes:
-        inputs: rows -> arguments of the network.
-    """
-
-    task: Task
-    steerer: Steerer
-    prompt: str
-    inputs: Callable[[int], tuple[Tensor, ...]]
-
-    def steered(self) -> Steered:
-        model = denoiser(self.task.model)
-        return self.steerer.steer(self.task, model, self.task.reward, [self.prompt], Noise(0))
-
-    def subject(self, name: str, words: str, shapes: Mapping[str, object]) -> Subject:
-        """The search against forwards with the same numbers of rows."""
-        network, rows, inside = self.task.model.network, list[int](), list[float]()
-        assert isinstance(network, torch.nn.Module)
-        clock = NetworkClock(network)
-        handle = network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
-        spent = self.steered().ledger
-        handle.remove()
-        assert sum(rows) == spent.nfe
-
-        def program() -> Steered:
-            clock.read()
-            outcome = self.steered()
-            inside.append(clock.read())
-            return outcome
-
-        def floor() -> None:
-            with torch.no_grad():
-                for count in rows:
-                    network(*self.inputs(count))
-
-        return Subject(
-            name=name,
-            bound=1.10,
-            program=words,
-            floor=f"{len(rows)} forwards of the same network with the same numbers of rows, without gradient",
-            run_program=program,
-            run_floor=floor,
-            shapes=shapes,
-            extra={"nfe": spent.nfe, "network_calls": len(rows), "reward_calls": spent.reward_calls},
-            phases={"network": inside},
-        )
 
 
 def dts_frontier(size: Size) -> Subject:
