@@ -2,11 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TypeVar
+
+from safetensors import SafetensorError
 
 from difftilt.errors import UserError
 
 T = TypeVar("T")
+
+FAILURES = (OSError, ValueError, LookupError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
+"""What the client of the hub (system errors, all of them) and readers of configurations and weights raise."""
 
 
 def from_hub(what: str, source: str, read: Callable[[str], T], parts: int = 2) -> T:
@@ -27,7 +33,7 @@ def from_hub(what: str, source: str, read: Callable[[str], T], parts: int = 2) -
         raise UserError(f"{what} {source!r} is neither a {kind} nor an id on the hub, which is {form}")
     try:
         return read(str(local) if local.exists() else source)
-    except Exception as error:  # of the hub client and of every reader of weights
+    except FAILURES as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "is the file complete?" if local.exists() else f"no network? name a local {kind}"
         raise UserError(f"{what} {source!r} cannot be loaded: {reason[:300]}; {remedy}") from error

@@ -45,13 +45,12 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _write(temporary, tensors, state)
-    except BaseException:
+        if final.exists():
+            _remove(final)
+        temporary.rename(final)
+    finally:
         # what is half-written must not keep a full disk full
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if final.exists():
-        _remove(final)
-    temporary.rename(final)
     link = directory / f".latest_{os.getpid()}"
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
