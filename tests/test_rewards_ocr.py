@@ -1,5 +1,6 @@
 """Words that are really rendered, really read by tesseract."""
 
+import shutil
 from functools import cache
 
 import pytest
@@ -14,6 +15,11 @@ from difftilt.errors import UserError
 from difftilt.rewards import Samples
 from difftilt.rewards.ocr import Config, Ocr, edit_distance, text_accuracy, wanted_texts, word_accuracy
 from pretrained import without
+
+needs_tesseract = pytest.mark.skipif(
+    shutil.which("tesseract") is None, reason="the program tesseract is not installed: apt-get install tesseract-ocr"
+)
+"""No wheel brings the program; the script of continuous integration installs it, and fails if it cannot."""
 
 
 def rendered(text: str, size: int = 40) -> Tensor:
@@ -36,6 +42,7 @@ def reader() -> Ocr:
 PROMPTS = ['a sign that says "hello world"', 'the word "garden"', 'the words "open house"', 'a card: "hello world"']
 
 
+@needs_tesseract
 def test_words_that_are_there_are_read() -> None:
     texts = ["hello world", "garden", "open mouse", "garden"]
     given_samples = samples(texts, PROMPTS)
@@ -51,6 +58,7 @@ def test_words_that_are_there_are_read() -> None:
     assert torch.equal(one, scores)
 
 
+@needs_tesseract
 def test_an_empty_image_scores_nothing_and_small_ones_are_enlarged() -> None:
     blank = samples([""], ['a "sign"'])
     assert reader().score(blank).tolist() == [0.0]
@@ -60,6 +68,7 @@ def test_an_empty_image_scores_nothing_and_small_ones_are_enlarged() -> None:
     assert float(Ocr(Config(height=120, layout=7)).score(tiny)) > 0.5
 
 
+@needs_tesseract
 def test_metadata_says_what_is_wanted() -> None:
     told = samples(["garden"], ["a photo"], text=["garden"])
     assert reader().score(told).tolist() == [1.0]
@@ -105,6 +114,7 @@ def test_edit_distance_is_the_recursive_one_and_a_metric(a: str, b: str, c: str)
     assert edit_distance(a, c) <= edit_distance(a, b) + edit_distance(b, c)
 
 
+@needs_tesseract
 def test_what_is_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert leaves.load("rewards", "ocr") is Ocr
     with pytest.raises(UserError, match=r"prompt 'a cat' quotes no words.*has no text"):
