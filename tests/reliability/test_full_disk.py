@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from command_line import CommandLine
+from difftilt.errors import UserError
 from difftilt.training.checkpoint import load_checkpoint
-from difftilt.training.logs import read_rows
+from difftilt.training.logs import read_rows, told_if_full
 from training_runs import steady
 
 SMALL = [
@@ -68,3 +69,11 @@ def test_samples_that_find_no_room_leave_no_half_of_them(difftilt: CommandLine, 
     assert ran.code == 2
     assert "make room, or name another directory" in ran.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_every_kind_that_find_no_room_are_told_and_other_errors_pass(tmp_path: Path) -> None:
+    with room(100), pytest.raises(UserError, match="takes no more .File too large.: make room, or wait"):
+        with told_if_full(tmp_path, "or wait"):
+            (tmp_path / "metrics.jsonl").write_bytes(bytes(101))
+    with pytest.raises(FileNotFoundError), told_if_full(tmp_path, "or wait"):
+        (tmp_path / "none").read_bytes()
