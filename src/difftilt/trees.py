@@ -142,18 +142,6 @@ def _joined(parts: Sequence[Tensor | Pooled], stores: dict[tuple[int, ...], Tens
     return Pooled(stores[key], torch.cat(moved))
 
 
-def batch_size(tree: Any) -> int | None:
-    """The leading dimension of ``tree``; ``None`` for a tree without tensors (an unconditional model's condition).
-
-    Raises:
-        ValueError: if two tensors disagree.
-    """
-    sizes = {len(leaf) for leaf in leaves(tree)}
-    if len(sizes) > 1:
-        raise ValueError(f"the tensors of one batch have different leading dimensions: {sorted(sizes)}")
-    return sizes.pop() if sizes else None
-
-
 def to_device(tree: T, device: torch.device | str) -> T:
     """``tree`` with every tensor on ``device``."""
     return tree_map(lambda leaf: leaf.to(device), tree)
