@@ -391,7 +391,7 @@ def test_the_baseline_knows_the_encoded_prompt() -> None:
     tokens = {"tokens": torch.ones(2, 5, 7), "pooled": torch.full((2, 3), 2.0), "label": torch.tensor([4, 5])}
     encoded = replace(task, model=replace(task.model, encode=lambda prompts: tokens))
     context = generator_of(encoded, denoiser(task.model), task.reward, ["a", "b"], Noise(0), None).context()
-    assert torch.equal(context, torch.tensor([[1.0] * 7 + [2.0] * 3] * 2))
+    assert torch.equal(context, torch.tensor([[2.0] * 3 + [1.0] * 7] * 2))  # by sorted name: pooled, tokens
     assert generator_of(task, denoiser(task.model), task.reward, ["", ""], Noise(0), None).context().shape == (2, 0)
     config = FINDConfig(value_hidden=8)
     value = Learner(config, (2,), INDEX, context, Noise(0), Ledger()).value
