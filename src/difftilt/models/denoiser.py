@@ -11,6 +11,7 @@ from torch import Tensor
 from difftilt.errors import UserError
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import GenerativeModel, Network, Stateful
+from difftilt.models.shards import COMPUTES_ON
 from difftilt.process.gaussian import at_least_float32
 from difftilt.process.protocol import Condition, Prediction, PredictionKind, Process
 from difftilt.trees import join, tree_map
@@ -172,7 +173,10 @@ def denoiser(
 
 
 def device_of(network: Network) -> torch.device:
-    """Where the network's weights lie; the CPU for one without weights."""
+    """Where the network computes: where its weights lie, if it says nothing else; the CPU for one without weights."""
+    said: torch.device | None = getattr(network, COMPUTES_ON, None)
+    if said is not None:
+        return said
     parameters: Callable[[], Iterable[Tensor]] | None = getattr(network, "parameters", None)
     first = None if parameters is None else next(iter(parameters()), None)
     return torch.device("cpu") if first is None else first.device

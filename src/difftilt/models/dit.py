@@ -46,6 +46,8 @@ class DiT(nn.Module):
         seed: of the weights.
     """
 
+    _repeated_blocks = ("Block",)
+
     def __init__(
         self,
         channels: int,

@@ -8,7 +8,7 @@ further ones, and ``reference`` is the backbone with its adapters off. Layers ar
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -46,11 +46,19 @@ class LoraSettings(Config):
 
 @dataclass
 class Adapted(Held):
-    """A role that is an adapter on a shared backbone."""
+    """A role that is an adapter on a shared backbone.
+
+    Attributes:
+        adapter: its name.
+        config: of ``peft``.
+        off: its product is 0 and stays so: it need not be evaluated.
+        base: what :meth:`constants` were while the backbone was whole, once it is in parts.
+    """
 
     adapter: str
     config: Any
     off: bool = False
+    base: dict[str, Tensor] | None = None
 
     @property
     def network(self) -> Network:
@@ -99,6 +107,8 @@ class Adapted(Held):
 
     def constants(self) -> dict[str, Tensor]:
         """Which base model the adapters belong to."""
+        if self.base is not None:
+            return self.base
         return {BASE: torch.tensor(list(bytes.fromhex(fingerprint(self.module))), dtype=torch.uint8)}
 
 
@@ -149,7 +159,11 @@ def adapted(network: nn.Module, settings: LoraSettings, targets: Sequence[str] =
 
 
 def roles_of(
-    model: GenerativeModel, specs: Mapping[str, RoleSpec], settings: LoraSettings | None, seed: int = 0
+    model: GenerativeModel,
+    specs: Mapping[str, RoleSpec],
+    settings: LoraSettings | None,
+    seed: int = 0,
+    first: Callable[[nn.Module], nn.Module | Held] = lambda network: network,
 ) -> CopiedRoles:
     """The roles of a run: copies of the model's network, or adapters on it where there are settings for them.
 
@@ -158,10 +172,13 @@ def roles_of(
         specs: declared by the method.
         settings: None trains all weights.
         seed: of adapters.
+        first: what role ``current`` holds, where all weights are trained.
     """
     # rollout and ratios see one function: dropout is off, and so is everything else that training mode turns on
     network = cast(nn.Module, model.network).eval()
-    return CopiedRoles(network if settings is None else adapted(network, settings, model.lora_targets, seed), specs)
+    return CopiedRoles(
+        first(network) if settings is None else adapted(network, settings, model.lora_targets, seed), specs
+    )
 
 
 def save_peft(held: Weights, folder: Path) -> None:

@@ -35,6 +35,8 @@ class MaskedTransformer(nn.Module):
         seed: of the weights.
     """
 
+    _repeated_blocks = ("Block",)
+
     def __init__(
         self,
         vocab: int,

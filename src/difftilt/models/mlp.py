@@ -30,6 +30,8 @@ class MLP(nn.Module):
         seed: of the weights.
     """
 
+    _repeated_blocks = ()
+
     def __init__(
         self,
         inputs: int,

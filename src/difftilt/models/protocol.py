@@ -133,8 +133,11 @@ class Roles(Protocol):
         """True if the two roles are known to hold the same weights: one forward pass then serves both."""
         ...
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor of every role, keyed ``role/name``, in a form ``load_state_dict`` takes back bit for bit."""
+    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Every tensor of every role, keyed ``role/name``, in a form ``load_state_dict`` takes back bit for bit.
+
+        Processes that hold weights in parts call it together; those that pass ``keep=False`` get nothing.
+        """
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from difftilt.errors import UserError
 from difftilt.leaves import nearest
 from difftilt.models.protocol import Frozen, Lagging, Network, RoleSpec, Weights
+from difftilt.models.shards import local, put, whole
 
 
 @dataclass
@@ -148,16 +149,21 @@ class CopiedRoles:
         with torch.no_grad():
             for key, value in mine.items():
                 keep = decay if key in parameters else 0.0
-                value.copy_(theirs[key] if keep == 0 else _blended(value, theirs[key], keep))
+                own, other = local(value), local(theirs[key])
+                own.copy_(other if keep == 0 else _blended(own, other, keep))
         target.version = origin.version if decay == 0 else next(self._versions)
         target.changed()
 
     def same(self, role: str, other: str) -> bool:
         return self._role(role).version == self._role(other).version
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all tensors of all roles."""
-        return {key: value.detach().clone() for key, value in (self._constants() | self._tensors()).items()}
+    def state_dict(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Copies of all tensors of all roles, whole also where the processes hold them in parts.
+
+        Args:
+            keep: False only takes part in making them whole, for another process.
+        """
+        return whole(self._constants() | self._tensors(), keep)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back every tensor; roles whose tensors are then equal bit for bit count as the same.
@@ -181,8 +187,8 @@ class CopiedRoles:
                 raise UserError(f"the saved roles are adapters on another base model ({key} differs): load that one")
         with torch.no_grad():
             for key, value in expected.items():
-                value.copy_(state[key])
-        self._recognise()
+                put(value, state[key])
+        self._recognise(state)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f"{role}/{key}": value for role, held in self._held.items() for key, value in held.tensors().items()}
@@ -190,14 +196,26 @@ class CopiedRoles:
     def _constants(self) -> dict[str, Tensor]:
         return self._held["current"].constants()
 
-    def _recognise(self) -> None:
-        """Number the versions anew: equal tensors, equal number. Exact, so done once after loading only."""
-        seen: list[Held] = []
-        for held in self._held.values():
-            twin = next((other for other in seen if _equal(held, other)), None)
-            held.version = next(self._versions) if twin is None else twin.version
+    def _recognise(self, state: Mapping[str, Tensor]) -> None:
+        """Number the versions anew: equal tensors, equal number. Exact, so done once after loading only.
+
+        Told from what was loaded: of tensors in parts every process holds other slices, and all must agree.
+        """
+        seen: list[str] = []
+        for role, held in self._held.items():
+            twin = next((other for other in seen if self._equal(role, other, state)), None)
+            held.version = next(self._versions) if twin is None else self._held[twin].version
             held.changed()
-            seen.append(held)
+            seen.append(role)
+
+    def _equal(self, role: str, other: str, state: Mapping[str, Tensor]) -> bool:
+        """Whether two roles hold networks of one kind and have been given the same tensors."""
+        mine, theirs = ({key: state[f"{name}/{key}"] for key in self._held[name].tensors()} for name in (role, other))
+        return (
+            type(self._held[role].module) is type(self._held[other].module)
+            and mine.keys() == theirs.keys()
+            and all(value.dtype == theirs[key].dtype and torch.equal(value, theirs[key]) for key, value in mine.items())
+        )
 
 
 def _frozen(module: nn.Module) -> nn.Module:
@@ -207,12 +225,3 @@ def _frozen(module: nn.Module) -> nn.Module:
 def _blended(mine: Tensor, theirs: Tensor, decay: float) -> Tensor:
     wide = torch.promote_types(mine.dtype, torch.float32)
     return torch.lerp(theirs.to(mine.device, wide), mine.to(wide), decay).to(mine.dtype)
-
-
-def _equal(held: Held, other: Held) -> bool:
-    mine, theirs = held.tensors(), other.tensors()
-    return (
-        type(held.module) is type(other.module)
-        and mine.keys() == theirs.keys()
-        and all(value.dtype == theirs[key].dtype and torch.equal(value, theirs[key]) for key, value in mine.items())
-    )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from difftilt.errors import UserError
+from difftilt.models.shards import cut
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -130,10 +131,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put flat tensors back; the settings (learning rate, betas) stay those of the present configuration."""
+    parameters: list[Tensor] = [one for group in optimizer.param_groups for one in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split("/", 1)
-        slots.setdefault(int(index), {})[name] = value
+        like = parameters[int(index)]
+        # moments are held as their weight is; the number of steps is a number
+        slots.setdefault(int(index), {})[name] = cut(value, like) if value.shape == like.shape else value
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -149,7 +153,8 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:  # in pieces: a checkpoint of a large model is larger than what memory has to spare
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

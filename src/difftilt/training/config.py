@@ -1,9 +1,9 @@
 """Configuration that every training method shares."""
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from difftilt.config import Config
 from difftilt.models.lora import LoraSettings
@@ -52,6 +52,11 @@ class TrainingConfig(Config):
     """Of the role ``current``, and of other trained roles where they do not say otherwise."""
     lora: LoraSettings | None = None
     """Train low-rank adapters in place of all weights; every role is then an adapter, the reference none."""
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    """With several processes: ``none`` keeps all weights in each (data parallel); ``full`` cuts weights, gradients and
+    optimiser state among all (FSDP); ``hybrid`` among the processes of one machine, and every machine has a copy."""
+    offload_weights: bool = False
+    """Weights that are cut rest on the CPU between calls, with gradients and optimiser state."""
     evaluate_every: int = Field(default=10, ge=0)
     """Iterations between evaluations on held-out prompts; 0 evaluates only before the first and after the last."""
     evaluation_samples: int = Field(default=256, ge=2)
@@ -64,6 +69,18 @@ class TrainingConfig(Config):
     """Torch device of the network."""
     monitors: MonitorConfig = MonitorConfig()
     """Thresholds at which the monitors speak."""
+
+    def sharded(self, processes: int) -> bool:
+        """Whether each of so many processes holds a part of the weights: one alone holds all."""
+        return self.sharding != "none" and processes > 1
+
+    @model_validator(mode="after")
+    def _offloads_parts(self) -> Self:
+        if self.offload_weights and self.sharding == "none":
+            raise ValueError(
+                "offload_weights moves weights that are cut: set sharding to full or hybrid, or leave it out"
+            )
+        return self
 
 
 class GroupSampling(Config):

@@ -24,6 +24,7 @@ from difftilt.training.monitors import Verdict, judge, summarise
 from difftilt.training.needs import check_needs
 from difftilt.training.protocol import Method, Task
 from difftilt.training.run import LoopRun
+from difftilt.training.sharded import sharded_run
 from difftilt.training.state import check_saved, put_back, state_of
 from difftilt.training.update import Updater
 from difftilt.training.world import World, join_world
@@ -134,9 +135,11 @@ class Loop:
 
     def save(self, step: int) -> None:
         """Checkpoint after ``step`` iterations; the first and the last that a process writes are read back."""
+        if self.writes is None and not self.config.sharded(self.run.world.size):
+            return
+        parts, state = state_of(self.method, self.updater, step, keep=self.run.world.main)
         if self.writes is None:
             return
-        parts, state = state_of(self.method, self.updater, step)
         path = save_checkpoint(self.writes / "checkpoints", step, parts, state, self.config.keep_checkpoints)
         if not self.compared or step == self.config.iterations:
             check_saved(path, parts)
@@ -207,6 +210,7 @@ def train_task(
         loop.iterate(iteration)
         if (iteration + 1) % config.checkpoint_every == 0 or iteration + 1 == config.iterations:
             loop.save(iteration + 1)
+    loop.run.world.barrier()  # nobody leaves while another one may still need it
     after = {name[8:]: value for name, value in loop.rows[-1].items() if name.startswith("heldout/")}
     if loop.writes is not None:
         summary = {"before": loop.before, "after": after, "verdicts": summarise(loop.verdicts)}
@@ -233,9 +237,13 @@ def assemble(
     for spec in specs.values():
         if not isinstance(spec, Lagging) and spec.network is not None:
             spec.network.to(device)
-    model.network.to(device)
-    roles = roles_of(model, specs, config.lora, config.seed)
-    run = LoopRun(replace(task, model=model), roles, world, Noise(config.seed), config.forward_batch, device)
+    if config.sharded(world.size):
+        run = sharded_run(replace(task, model=model), specs, config, world)
+    else:
+        model.network.to(device)
+        roles = roles_of(model, specs, config.lora, config.seed)
+        run = LoopRun(replace(task, model=model), roles, world, Noise(config.seed), config.forward_batch, device)
+    roles = run.roles
     trained: dict[str, Mapping[str, Any]] = {"current": {}}
     trained |= {name: spec.optimizer for name, spec in specs.items() if isinstance(spec, Trained)}
     defaults = config.optimizer.model_dump()

@@ -18,8 +18,10 @@ from difftilt.rewards.compose import WeightedSum
 from difftilt.rewards.protocol import Reward, Samples, Scores, SetReward
 from difftilt.rewards.scoring import add_up, encode, evaluate, splits
 from difftilt.sampling.noise import Noise
+from difftilt.sampling.rollout import start_state
 from difftilt.training.background import in_parts, score_in_background
 from difftilt.training.experience import Experience, PromptBatch
+from difftilt.training.lockstep import Lockstep
 from difftilt.training.protocol import Task
 from difftilt.training.world import World
 from difftilt.trees import join, take, to_device
@@ -39,6 +41,7 @@ class LoopRun:
         iteration: counts from 0.
         reward_seconds: spent in rewards during this iteration, while nothing else was done.
         hidden_seconds: spent in rewards while samples were drawn.
+        lockstep: of processes that hold weights in parts; None where each holds all.
     """
 
     task: Task
@@ -51,6 +54,7 @@ class LoopRun:
     reward_seconds: float = 0.0
     hidden_seconds: float = 0.0
     ledger: Ledger = field(default_factory=Ledger)
+    lockstep: Lockstep | None = None
     _encoded: dict[str, Condition] = field(default_factory=dict[str, Condition])
 
     def begin(self, iteration: int) -> None:
@@ -61,8 +65,9 @@ class LoopRun:
 
     def denoiser(self, role: str, guidance: float | None = None) -> Denoiser:
         model = self.task.model
+        network = self.roles.network(role) if self.lockstep is None else self.lockstep.of(role)
         return NetworkDenoiser(
-            self.roles.network(role),
+            network,
             model.process,
             model.output,
             self.ledger,
@@ -70,6 +75,20 @@ class LoopRun:
             null_condition=model.null_condition,
             forward_batch=self.forward_batch,
         )
+
+    def idle(self) -> tuple[Tensor, Tensor, Condition]:
+        """States, times and condition of one full network call that means nothing: noise, for the first prompt."""
+        model, index = self.task.model, torch.arange(self.forward_batch, device=self.device)
+        states = start_state(model.process, Noise(0).named("idle"), index, model.shape)
+        times = torch.ones(len(index), dtype=torch.float32, device=self.device)
+        return states, times, take(self.encode([self.task.prompts[0]]), torch.zeros_like(index))
+
+    def backward(self, value: Tensor) -> None:
+        """Backward pass from a number; together, where processes hold weights in parts."""
+        if self.lockstep is None:
+            value.backward()
+        else:
+            self.lockstep.backward(value)
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Condition with one row per prompt; every distinct prompt is encoded once per run."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from difftilt.errors import GuardError, UserError
 from difftilt.models.ledger import Ledger
+from difftilt.models.shards import whole
 from difftilt.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, same_bits
 from difftilt.training.protocol import Method, Task
 from difftilt.training.update import Updater
@@ -27,18 +28,21 @@ class Remembering(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
-def state_of(method: Method, updater: Updater, iteration: int) -> tuple[Parts, dict[str, Any]]:
-    """Weights of all roles, optimisers, memories of method and reward, random state; and counts."""
+def state_of(method: Method, updater: Updater, iteration: int, *, keep: bool = True) -> tuple[Parts, dict[str, Any]]:
+    """Weights of all roles, optimisers, memories of method and reward, random state; and counts.
+
+    Processes that hold weights in parts call it together; those that do not ``keep`` what is made whole get no weights.
+    """
     run = updater.run
     reward = _remembering(run.task)
     parts: Parts = {
-        "weights": run.roles.state_dict(),
+        "weights": run.roles.state_dict(keep=keep),
         "method": dict(method.state_dict()),
         "reward": {} if reward is None else dict(reward.state_dict()),
         "random": {"torch": torch.get_rng_state()},
     }
     for role, optimizer in updater.optimizers.items():
-        parts[f"optimizer_{role}"] = optimizer_tensors(optimizer)
+        parts[f"optimizer_{role}"] = whole(optimizer_tensors(optimizer), keep)
     return parts, {"iteration": iteration, "steps": updater.steps, "ledger": asdict(run.ledger)}
 
 

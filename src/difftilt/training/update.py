@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from difftilt.errors import GuardError
 from difftilt.models.protocol import Lagging, RoleSpec
+from difftilt.models.shards import clip_gradients
 from difftilt.sampling.noise import Noise
 from difftilt.training.experience import Experience
 from difftilt.training.protocol import Loss, Phase
@@ -134,7 +135,7 @@ class Updater:
             weighted |= any(term.weight != 0 for term in loss.terms.values())
             value = sum(((term.weight * term.value.sum()) for term in loss.terms.values()), start=torch.zeros(()))
             if value.requires_grad:
-                (value / total).backward()
+                self.run.backward(value / total)
             sums.add({f"loss/{name}": term.value for name, term in loss.terms.items()} | dict(loss.metrics))
         self.run.world.sum_gradients(parameters)
         if weighted:
@@ -167,8 +168,7 @@ class Updater:
         """Clip, step, note the step, let the roles that count steps follow."""
         norms: list[float] = []
         for role in roles:
-            parameters = list(self.run.roles.parameters(role))
-            norm = float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm[role]))
+            norm = clip_gradients(list(self.run.roles.parameters(role)), self.max_grad_norm[role])
             if norm != norm or norm == float("inf"):
                 raise GuardError(
                     f"iteration {self.run.iteration}: the gradient of role {role} is {norm}; weights are unchanged. "

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from difftilt.errors import UserError
+from difftilt.models.shards import in_parts
 from difftilt.trees import tree_map
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +25,13 @@ class World:
     Attributes:
         rank: of this process.
         size: number of processes.
+        meet: called before every message, where processes must come together first
+            (:class:`~difftilt.training.lockstep.Lockstep`).
     """
 
     rank: int = 0
     size: int = 1
+    meet: Callable[[], None] = field(default=_nothing, compare=False)
 
     @property
     def main(self) -> bool:
@@ -50,6 +58,7 @@ class World:
         lengths = self.lengths(len(column))
         padded = column.new_zeros((max(lengths), *column.shape[1:]))
         padded[: len(column)] = column.detach()
+        self.meet()
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded.contiguous())
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
@@ -58,6 +67,7 @@ class World:
         """The given length of every process."""
         if self.size == 1:
             return [length]
+        self.meet()
         own = torch.tensor([length])
         every = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(every, own)
@@ -76,6 +86,7 @@ class World:
         """Sum over processes."""
         if self.size == 1:
             return numbers
+        self.meet()
         summed = numbers.clone()
         dist.all_reduce(summed)
         return summed
@@ -84,9 +95,11 @@ class World:
         """Add up the gradients of all processes in one message, in place.
 
         A gradient that only some processes lack counts as zero there; one that all lack stays missing, so that the
-        optimiser leaves its parameter alone, as it does in a single process.
+        optimiser leaves its parameter alone, as it does in a single process. Those of weights that the processes hold
+        in parts were added up by the backward pass.
         """
-        if self.size == 1:
+        parameters = [parameter for parameter in parameters if not in_parts(parameter)]
+        if self.size == 1 or not parameters:
             return
         held = self.total(torch.tensor([parameter.grad is not None for parameter in parameters]).long())
         for parameter, holders in zip(parameters, held.tolist(), strict=True):
@@ -96,6 +109,7 @@ class World:
         if not grads:
             return
         flat = torch.cat([grad.reshape(-1) for grad in grads])
+        self.meet()
         dist.all_reduce(flat)
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))
@@ -104,6 +118,7 @@ class World:
         """All names that any process holds, sorted: a process without rows still takes part in every sum."""
         if self.size == 1:
             return sorted(own)
+        self.meet()
         every: list[list[str]] = [[] for _ in range(self.size)]
         dist.all_gather_object(every, sorted(own))
         return sorted({name for names in every for name in names})
@@ -111,6 +126,7 @@ class World:
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
+            self.meet()
             dist.barrier()
 
 
