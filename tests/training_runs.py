@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from difftilt.leaves import load
+from difftilt.models.shards import gathered
 from difftilt.recipes.parts import config_of
 from difftilt.sampling.protocol import Edges
 from difftilt.sampling.steps import GaussianStep
@@ -127,7 +128,7 @@ def steady(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 def gradient(loop: Loop) -> Tensor:
     """Of role ``current`` after an update, flattened."""
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in loop.run.roles.parameters("current")]
-    return torch.cat([grad.reshape(-1) for grad in grads]).double()
+    return torch.cat([gathered(grad).reshape(-1) for grad in grads]).double()
 
 
 def densities(loop: Loop, experience: Experience) -> Tensor:

@@ -18,6 +18,7 @@ from difftilt.models.protocol import RoleSpec, Trained
 from difftilt.process.gaussian import as_gaussian
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.training.base import MethodBase
+from difftilt.training.config import TrainingConfig
 from difftilt.training.experience import Experience
 from difftilt.training.loop import assemble, train_task
 from difftilt.training.protocol import Loss, Method, Phase, Run, Task, Term
@@ -43,9 +44,12 @@ def task_of(name: str) -> Task:
     return task if name == "flow-grpo" else replace(task, heldout_prompts=["class 3", "class 0"])
 
 
-def first_iteration(method: Method, task: Task, world: World) -> dict[str, Tensor]:
+def first_iteration(
+    method: Method, task: Task, world: World, config: TrainingConfig | None = None
+) -> dict[str, Tensor]:
     """Samples, credit and gradients of a first iteration, of all processes."""
-    loop = assemble(task, method, make_config(), None, ("ratio_one",), (), world)
+    loop = assemble(task, method, config or make_config(), None, ("ratio_one",), (), world)
+    world = loop.run.world
     loop.run.begin(0)
     with torch.no_grad():
         experience = method.collect(loop.run)

@@ -28,8 +28,8 @@ class Pooled:
     of trees it is the tensor of its rows.
 
     Attributes:
-        store: (entries, ...), each kept once however many rows point to it.
-        place: (rows,) int64.
+        store: (entries, ...), each kept once however many rows point to it; it may rest on another device.
+        place: (rows,) int64, on the device where rows are wanted.
     """
 
     store: Tensor
@@ -42,8 +42,9 @@ class Pooled:
 
     @property
     def rows(self) -> Tensor:
-        """The rows themselves, gathered now."""
-        return self.store[self.place]
+        """The rows themselves, gathered now, where their places are."""
+        resting = self.store.device != self.place.device
+        return fetched(self.store, self.place) if resting else self.store[self.place]
 
 
 def tree_map(function: Callable[[Tensor], Tensor], tree: T) -> T:
@@ -89,6 +90,35 @@ def pooled(tree: T) -> T:
     What :func:`take` gathers of it are places: however many rows are taken, the tensors are kept once.
     """
     return cast(T, _map(lambda leaf: Pooled.of(leaf) if leaf.ndim > 1 else leaf, tree, lambda pool: pool))
+
+
+def fetched(store: Tensor, place: Tensor) -> Tensor:
+    """Rows of a store that rests on another device, on the device of ``place``; through pinned memory to a GPU."""
+    rows = store.new_empty((len(place), *store.shape[1:]), pin_memory=store.device.type == "cpu" and place.is_cuda)
+    torch.index_select(store, 0, place.to(store.device), out=rows)
+    return rows.to(place.device, non_blocking=True)
+
+
+def resting(tree: T, device: torch.device | str = "cpu") -> T:
+    """``tree`` with what holds more than one number per row as pools whose stores rest on ``device``.
+
+    A store that several pools share is moved once. Rows that are gathered come back to where they were.
+    """
+    moved: dict[int, Tensor] = {}
+
+    def moving(pool: Pooled) -> Pooled:
+        if id(pool.store) not in moved:
+            moved[id(pool.store)] = _moved(pool.store, torch.device(device))
+        return Pooled(moved[id(pool.store)], pool.place)
+
+    return cast(T, _map(lambda leaf: leaf, pooled(tree), moving))
+
+
+def _moved(store: Tensor, device: torch.device) -> Tensor:
+    """A copy on another device: in pinned memory, if it comes from a GPU to the CPU."""
+    if device.type == "cpu" and store.is_cuda:
+        return torch.empty_like(store, device=device, pin_memory=True).copy_(store)
+    return store.to(device)
 
 
 def gathered(tree: T) -> T:

@@ -15,10 +15,19 @@ CONFIG = "config.yaml"
 """The resolved recipe of the run."""
 
 MAY_CHANGE = frozenset(
-    {"training.iterations", "training.keep_checkpoints", "reward.url", "reward.timeout", "reward.retries"}
+    {
+        "training.iterations",
+        "training.keep_checkpoints",
+        "training.sharding",
+        "training.offload_weights",
+        "training.offload_experience",
+        "reward.url",
+        "reward.timeout",
+        "reward.retries",
+    }
 )
-"""What a resumed run may set anew without becoming another run: it goes on for longer, keeps more, or asks a reward
-server that has moved."""
+"""What a resumed run may set anew without becoming another run: it goes on for longer, keeps more, lays its memory out
+in another way, or asks a reward server that has moved."""
 
 
 def check_output(output: Path, recipe: Recipe, *, resume: bool) -> None:

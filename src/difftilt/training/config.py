@@ -57,6 +57,9 @@ class TrainingConfig(Config):
     optimiser state among all (FSDP); ``hybrid`` among the processes of one machine, and every machine has a copy."""
     offload_weights: bool = False
     """Weights that are cut rest on the CPU between calls, with gradients and optimiser state."""
+    offload_experience: bool = False
+    """What an iteration has recorded - states, latents, conditions, media - rests on the CPU while it is learned from,
+    and comes back one microbatch at a time."""
     evaluate_every: int = Field(default=10, ge=0)
     """Iterations between evaluations on held-out prompts; 0 evaluates only before the first and after the last."""
     evaluation_samples: int = Field(default=256, ge=2)

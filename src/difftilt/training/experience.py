@@ -12,7 +12,7 @@ from difftilt.process.protocol import Condition
 from difftilt.rewards.protocol import Scores
 from difftilt.sampling.protocol import Edges
 from difftilt.sampling.recording import shifted
-from difftilt.trees import Batched, gathered, join, pooled, take
+from difftilt.trees import Batched, gathered, join, pooled, resting, take
 
 T = TypeVar("T")
 
@@ -137,6 +137,13 @@ class Experience:
         if self.pair is not None:
             fields["pair"] = _follow(place, self.pair[sample])
         return replace(self, **fields, edges=edges)
+
+    def resting(self, device: torch.device | str = "cpu") -> "Experience":
+        """The record with states, latents, conditions and media on another device; rows come back as they are read."""
+        names = ("condition", "x_0", "media")
+        large = resting((*(vars(self)[name] for name in names), self.edges.start, self.edges.end), device)
+        edges = replace(self.edges, start=large[-2], end=large[-1])
+        return self.changed(**dict(zip(names, large, strict=False)), edges=edges)
 
     def changed(self, **changes: Any) -> Self:
         """The record with some fields changed; unlike ``replace``, it gathers nothing that is shared."""

@@ -87,6 +87,8 @@ class Loop:
         began = time.perf_counter()
         with torch.no_grad():
             experience = self.method.collect(run)
+        if self.config.offload_experience:
+            experience = experience.resting()
         collected, scored = time.perf_counter(), run.reward_seconds
         diversity = _diversity(run, experience)
         experience = replace(experience, media=None)  # not to be kept while the networks learn
