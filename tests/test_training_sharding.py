@@ -99,7 +99,9 @@ def test_the_weights_of_every_role_agree(name: str, case: str, launched: Launch)
 @pytest.mark.parametrize(("name", "case"), every_case())
 def test_a_run_of_one_process_goes_on_in_two(name: str, case: str, launched: Launch) -> None:
     _, alone, together = launched(name)
-    one, two = (by_role(parts(found, key, "after/weights/")) for found, key in ((alone, lonely(case)), (together, case)))
+    one, two = (
+        by_role(parts(found, key, "after/weights/")) for found, key in ((alone, lonely(case)), (together, case))
+    )
     before = by_role(parts(alone, lonely(case), "weights/"))
     for role in one:
         assert apart(one[role], two[role]) < 1e-5, role

@@ -155,6 +155,13 @@ class Weights(Protocol):
         """What is the role's own: everything, or one adapter, under the names of the layers."""
         ...
 
+    def assembled(self, keep: bool = True) -> "Weights":
+        """The same where every tensor is whole.
+
+        Processes that hold them in parts call it together; one that passes ``keep=False`` only helps the others.
+        """
+        ...
+
     def lora(self) -> dict[str, Any] | None:
         """Settings of the adapter as ``peft`` writes them; None without one."""
         ...

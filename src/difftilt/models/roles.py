@@ -49,6 +49,10 @@ class Held:
                 parameter.requires_grad_(name in trainable)
         return Held(copied, version, trained=like is not None)
 
+    def assembled(self, keep: bool = True) -> "Held":
+        """The same where every tensor is whole; all processes that hold parts call it together."""
+        return self
+
     def lora(self) -> dict[str, Any] | None:
         """Settings of the adapter that these weights are; None for whole networks."""
         return None

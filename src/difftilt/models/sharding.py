@@ -18,12 +18,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from difftilt.errors import UserError
 from difftilt.models.lora import Adapted
 from difftilt.models.roles import CopiedRoles, Held
-from difftilt.models.shards import COMPUTES_ON, local
+from difftilt.models.shards import COMPUTES_ON, local, whole
 
 DECLARED = ("_no_split_modules", "_repeated_blocks")
 """Attributes by which a network names the classes of its blocks; ``diffusers`` has both."""
@@ -70,26 +70,39 @@ class Sharding:
             torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
         )
 
-    def shard(self, network: nn.Module, whole: Sequence[nn.Parameter] = ()) -> None:
+    def shard(self, network: nn.Module, uncut: Sequence[nn.Parameter] = ()) -> None:
         """Cut the network in place: each block by itself, then what lies outside blocks.
 
         Args:
             network: called as a whole, by its ``forward``.
-            whole: parameters that every process keeps; a number alone cannot be cut and is kept as well.
+            uncut: parameters that every process keeps; a number alone cannot be cut and is kept as well.
 
         Raises:
-            UserError: for a network that computes outside ``forward``.
+            UserError: for a network that computes outside ``forward``, or is trained in several precisions.
         """
         if hasattr(network, "prepare"):
             raise UserError(
                 "training.sharding: this network makes state for a trajectory outside of its forward pass, where its "
                 "weights are not gathered: use training.sharding = none"
             )
-        kept = {*whole, *(one for one in network.parameters() if one.dim() == 0)}
+        dtypes = {one.dtype for one in network.parameters() if one.requires_grad and one not in {*uncut}}
+        if len(dtypes) > 1:
+            raise UserError(
+                f"training.sharding: the trained weights are in {' and '.join(sorted(map(str, dtypes)))}, and only one "
+                "precision can be cut: load the model with one dtype, or train adapters (training.lora)"
+            )
+        kept = {*uncut, *(one for one in network.parameters() if one.dim() == 0)}
         policy = CPUOffloadPolicy(pin_memory=self.mesh.device_type == "cuda") if self.offload else OffloadPolicy()
         for module in [*blocks_of(network), network]:
             # the parts outside blocks are let go as well: nothing may hold weights that an optimiser has moved on from
-            fully_shard(module, mesh=self.mesh, reshard_after_forward=True, offload_policy=policy, ignored_params=kept)
+            fully_shard(
+                module,
+                mesh=self.mesh,
+                reshard_after_forward=True,
+                mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),  # as gradients of many are added up
+                offload_policy=policy,
+                ignored_params=kept,
+            )
         for module in network.modules():
             if isinstance(module, FSDPModule):
                 # the loop divides by the rows of all processes itself, so gradients are added up and not averaged
@@ -131,6 +144,15 @@ class Sharded(Held):
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
         return tuple(one for one in self.slices if one.requires_grad)
+
+    def assembled(self, keep: bool = True) -> Held:
+        """The role on the CPU, with whole weights; itself where they are not kept."""
+        tensors = whole(self.tensors(), keep)
+        if not keep:
+            return self
+        network = _form(self.form)
+        network.load_state_dict(tensors, assign=True)
+        return Held(network, self.version, self.trained)
 
     def copy(self, role: str, version: int, like: Held | None = None) -> Held:
         """The same weights again; no process ever holds more than its slices of them."""

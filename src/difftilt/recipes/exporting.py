@@ -120,13 +120,18 @@ def export_weights(model: GenerativeModel, weights: Weights, card: ModelCard, co
 
 
 def export_result(result: TrainResult, role: str | None, output: Path) -> Path:
-    """The weights of a run that has just ended in this process."""
+    """The weights of a run that has just ended in this process; of several processes, all call it and one writes."""
     if result.directory is None:
         raise UserError("export: this run has no directory, so nothing says what its weights are; train with one")
     chosen, config = role or result.role, _config(result.directory)
     recipe = load_recipe(result.directory / CONFIG).resolved()
     card = ModelCard(recipe, chosen, len(result.rows), result.before, result.after)
-    export_weights(result.run.task.model, result.run.roles.held(chosen), card, config, output)
+    world = result.run.world
+    if result.run.lockstep is not None:
+        world.barrier()
+    weights = result.run.roles.held(chosen).assembled(keep=world.main)
+    if world.main:
+        export_weights(result.run.task.model, weights, card, config, output)
     return output
 
 

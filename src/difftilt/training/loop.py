@@ -137,7 +137,9 @@ class Loop:
 
     def save(self, step: int) -> None:
         """Checkpoint after ``step`` iterations; the first and the last that a process writes are read back."""
-        if self.writes is None and not self.config.sharded(self.run.world.size):
+        if self.config.sharded(self.run.world.size):
+            self.run.world.barrier()  # weights are gathered from all, when all have come here
+        elif self.writes is None:
             return
         parts, state = state_of(self.method, self.updater, step, keep=self.run.world.main)
         if self.writes is None:

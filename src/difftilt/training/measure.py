@@ -16,7 +16,7 @@ from difftilt.rewards.protocol import Reward, Samples, Scores, SetReward
 from difftilt.sampling.drift import path_kl
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
-from difftilt.statistics.diversity import mean_group_diversity
+from difftilt.statistics.diversity import group_diversity, mean_group_diversity
 from difftilt.training.drawing import in_turn
 from difftilt.training.experience import PromptBatch
 from difftilt.training.plain import draw
@@ -202,7 +202,13 @@ def quick_drift(run: LoopRun, role: str, x_0: Tensor, condition: Condition, inde
 
 
 def diversity_of(run: LoopRun, media: Tensor, group: Tensor) -> float:
-    """Mean distance between the features of samples of one group; flattened media where the task names no features."""
+    """Mean distance between the features of samples of one group; flattened media where the task names no features.
+
+    Features, which may be whole images, stay in their process, but for groups that are spread over several.
+    """
     features = media.flatten(1).double() if run.task.features is None else run.task.features(media)
-    every, groups = run.gather(features, group)
-    return float(mean_group_diversity(every, groups))
+    (labels,) = run.gather(group.unique())
+    if len(labels.unique()) < len(labels):
+        return float(mean_group_diversity(*run.gather(features, group)))
+    (every,) = run.gather(group_diversity(features, group))
+    return float(every.nanmean())
