@@ -13,7 +13,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 RECIPES = sorted((DOCS / "scale").glob("*.yaml"))
 ROWS = re.findall(r"^\| (.+?) \|$", (DOCS / "scale.md").read_text(), re.M)
 MODELS = {"3.5 medium": (2243171520, 14548992), "FLUX.1": (11901408320, 37355520)}
-"""Weights of the transformers, in the published configurations of their classes; of adapters of rank 32 on attention."""
+"""Weights of the transformers in their published configurations, and of adapters of rank 32 on attention."""
 Bytes = Callable[[float, float, int], float]
 MEMORY: dict[str, Bytes] = {
     "all, `none`": lambda p, a, n: 24 * p,

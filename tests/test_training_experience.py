@@ -11,9 +11,19 @@ from torch import Tensor
 
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.training.experience import Experience, join_experience
+from difftilt.training.loop import train_task
 from difftilt.training.protocol import Loss, Phase, Term
-from difftilt.trees import Pooled, leaves, take
-from training_runs import make_case, make_experience, make_loop, make_task
+from difftilt.trees import Pooled, fetched, leaves, resting, take
+from training_runs import (
+    CASES,
+    METHODS,
+    make_case,
+    make_config,
+    make_experience,
+    make_loop,
+    make_task,
+    without_pictures,
+)
 
 
 def paired(samples: int = 6, steps: int = 2) -> Experience:
@@ -235,3 +245,64 @@ def test_sharing_changes_no_bit_of_what_is_learned(case: str, monkeypatch: pytes
         loop.iterate(1)
         found[share] = [parameter.detach() for parameter in loop.run.roles.parameters("current")]
     assert all(torch.equal(*both) for both in zip(found[True], found[False], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
+def test_rows_that_rest_elsewhere_are_the_rows(dtype: torch.dtype) -> None:
+    store = (10 * torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0))).to(dtype)
+    place = torch.tensor([6, 0, 0, 3])
+    assert torch.equal(fetched(store, place), store[place])
+    assert fetched(store, place[:0]).shape == (0, 2, 3)
+
+
+def test_what_rests_is_what_is_large_and_each_store_is_moved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[Tensor] = []
+
+    def move(store: Tensor, device: torch.device) -> Tensor:
+        moved.append(store)
+        return store.clone().to(device)
+
+    monkeypatch.setattr("difftilt.trees._moved", move)
+    states = torch.randn(5, 3)
+    tree: dict[str, Any] = {"start": Pooled(states, torch.tensor([0, 1])), "end": Pooled(states, torch.tensor([1, 4]))}
+    tree |= {"text": {"rows": torch.randn(2, 8)}, "number": torch.arange(2), "name": "x"}
+    rested = resting(tree)
+    assert len(moved) == 2
+    assert rested["start"].store is rested["end"].store is not states
+    assert isinstance(rested["text"]["rows"], Pooled)
+    assert isinstance(rested["number"], Tensor)
+    assert torch.equal(rested["end"].rows, states[[1, 4]])
+
+
+def test_experience_that_rests_reads_as_before() -> None:
+    experience = paired()
+    rested = experience.resting()
+    assert isinstance(vars(rested)["x_0"], Pooled)
+    some = torch.tensor([11, 0, 7, 3])
+    for share in (False, True):
+        for mine, theirs in zip(leaves(experience.rows(some)), leaves(rested.rows(some, share=share)), strict=True):
+            assert torch.equal(mine, theirs)
+    assert torch.equal(vars(rested.take(some % 6))["x_0"].rows, experience.take(some % 6).x_0)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in METHODS else [pytest.mark.long]) for case in CASES]
+)
+def test_a_run_whose_experience_rests_learns_the_same_bits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[dict[str, Tensor]] = []
+    fetches: list[int] = []
+
+    def rows(pool: Pooled) -> Tensor:
+        fetches.append(len(pool.place))
+        return fetched(pool.store, pool.place)  # as from another device
+
+    for offloaded in (False, True):
+        if offloaded:
+            monkeypatch.setattr(Pooled, "rows", property(rows))
+        task = make_task()
+        config = make_config(iterations=2, offload_experience=offloaded)
+        with without_pictures():
+            ends.append(train_task(task, make_case(case, task), config).run.roles.state_dict())
+    assert fetches
+    for key, value in ends[0].items():
+        assert torch.equal(value, ends[1][key]), key
