@@ -27,10 +27,12 @@ from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
 from difftilt.statistics.discrete import histogram, total_variation
 from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
+from difftilt.steering.chain import Chain
 from difftilt.steering.doit import DOIT, DOITConfig
-from difftilt.steering.loop import Unselective, search
-from difftilt.steering.particles import Chain, bind, predicted, propose, start
+from difftilt.steering.loop import search
+from difftilt.steering.particles import bind, predicted, propose, start
 from difftilt.steering.protocol import Particles, Steered, Steerer
+from difftilt.steering.rule import Unselective
 from difftilt.testbeds.exact_chain import exact_chain, nearest_mode, ring_mixture
 from difftilt.testbeds.mixtures import Config, Mixtures
 from difftilt.training.protocol import Task

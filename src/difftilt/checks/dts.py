@@ -25,7 +25,8 @@ from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
 from difftilt.steering.dts import DTS, DTSConfig
 from difftilt.steering.dts_star import DTSStar, DTSStarConfig
 from difftilt.steering.rollout_tree import Search
-from difftilt.steering.tree import Boltzmann, Statistic, soft_value
+from difftilt.steering.tree import Statistic
+from difftilt.steering.tree_rules import Boltzmann, soft_value
 from difftilt.testbeds.exact_chain import ExactStart, exact_chain, nearest_mode, ring_levels, ring_mixture
 from difftilt.training.protocol import Task
 

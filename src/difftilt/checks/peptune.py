@@ -34,7 +34,8 @@ from difftilt.statistics.pareto import dominates, front, pareto_rank
 from difftilt.steering.archive import Archive, Goals
 from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
 from difftilt.steering.peptune import ParetoSearch, PepTuneConfig
-from difftilt.steering.tree import Forest, Ids, ParetoFront, Rule
+from difftilt.steering.tree import Forest, Ids, Rule
+from difftilt.steering.tree_rules import ParetoFront
 from difftilt.testbeds.sequences import Config as SequencesConfig
 from difftilt.testbeds.sequences import Sequences
 from difftilt.training.protocol import Task

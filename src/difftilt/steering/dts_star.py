@@ -18,7 +18,7 @@ from difftilt.sampling.protocol import NoiseSource
 from difftilt.steering.budget import Meter
 from difftilt.steering.protocol import Progress, Steered
 from difftilt.steering.rollout_tree import Search, TreeConfig
-from difftilt.steering.tree import UCT, soft_value
+from difftilt.steering.tree_rules import UCT, soft_value
 from difftilt.training.protocol import Task
 
 CARD = Card(
