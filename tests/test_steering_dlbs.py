@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from difftilt.checks.dlbs import ring_task
-from difftilt.checks.fk_steering import ring_truth, sequence_truth
+from difftilt.checks.tilted_truths import ring_truth, sequence_truth
 from difftilt.errors import UserError
 from difftilt.models.denoiser import denoiser
 from difftilt.process.protocol import Condition, Prediction

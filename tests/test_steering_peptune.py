@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import difftilt as package
-from difftilt.checks.peptune import advanced, begun, toy, valid
+from difftilt.checks.trade_offs import advanced, begun, toy, valid
 from difftilt.errors import RewardError, UserError
 from difftilt.evaluation.report.charts import Cloud, limits_of, scatter_chart
 from difftilt.evaluation.report.page import write_report
@@ -505,7 +505,7 @@ def test_budgets_are_kept_and_what_is_done_comes_out() -> None:
         metered(Budget(reward_calls=11), denoiser(task.model).ledger, 1) as meter,
         pytest.raises(
             UserError,
-            match=r"of 11 reward calls .* can cost \d+ network evaluations and 12 reward",
+            match=r"of 11 reward calls .* up to \d+ network evaluations and 12 reward",
         ),
     ):
         steerer.steer(task, denoiser(task.model), task.reward, [""], Noise(0), meter=meter)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import difftilt
-from difftilt.checks.fk_steering import Truth, ring_truth, sequence_truth, z_score
+from difftilt.checks.tilted_truths import Truth, ring_truth, sequence_truth, z_score
 from difftilt.errors import GuardError, RewardError, UserError
 from difftilt.models.denoiser import NetworkDenoiser, denoiser
 from difftilt.models.ledger import Ledger

@@ -87,6 +87,11 @@ class Meter:
         fits = fits and (budget.reward_calls is None or total.reward_calls <= budget.reward_calls * self.prompts)
         return fits and (late or (not self.interrupted and self.in_time))
 
+    def too_small(self, what: str, cost: Ledger) -> UserError:
+        """The error of a budget that is less than what must fit: what it allows, and what that can cost."""
+        allowed = self.budget.of(self.prompts)
+        return UserError(f"the budget of {allowed} for all prompts is less than {what}, up to {cost}: raise it")
+
     @property
     def in_time(self) -> bool:
         """Whether seconds are left."""
@@ -134,8 +139,8 @@ def spend(
         if progress is not None:
             progress(done, total, None)
     if done == 0:
-        allowed = "" if meter is None else f" of {meter.budget.of(meter.prompts)} for all prompts"
-        raise UserError(f"the budget{allowed} is less than one round, which can cost {cost(1)}: raise it")
+        assert meter is not None
+        raise meter.too_small("one round", cost(1))
     ended = meter is not None and (meter.interrupted or not meter.in_time)
     return done, done == total or not more or not ended
 
