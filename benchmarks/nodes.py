@@ -18,7 +18,7 @@ from difftilt.models.denoiser import denoiser
 from difftilt.sampling.noise import Noise
 from difftilt.steering.dts import DTSConfig
 from difftilt.steering.rollout_tree import Search
-from difftilt.steering.tree import Boltzmann, soft_value
+from difftilt.steering.tree_rules import Boltzmann, soft_value
 from difftilt.testbeds.shapes import Shapes
 
 PROMPT = "two red circles left of a blue square"

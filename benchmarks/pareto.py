@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from difftilt.checks.peptune import hypervolume
+from difftilt.checks.trade_offs import hypervolume
 from difftilt.models.denoiser import NetworkDenoiser, denoiser
 from difftilt.models.ledger import Ledger
 from difftilt.rewards.base import FunctionReward

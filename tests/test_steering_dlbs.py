@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from difftilt.checks.dlbs import ring_task
-from difftilt.checks.fk_steering import ring_truth, sequence_truth
+from difftilt.checks.tilted_truths import ring_truth, sequence_truth
 from difftilt.errors import UserError
 from difftilt.models.denoiser import denoiser
 from difftilt.process.protocol import Condition, Prediction
@@ -21,8 +21,8 @@ from difftilt.sampling.rollout import rollout, start_state
 from difftilt.sampling.steps import GaussianStep
 from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
 from difftilt.steering.dlbs import DLBS, DLBSConfig
+from difftilt.steering.pricing import price_of
 from difftilt.steering.protocol import Steered, Steerer
-from difftilt.steering.within import price_of
 from difftilt.training.protocol import Task
 from difftilt.values import Rows
 

@@ -6,8 +6,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from difftilt.checks.doit import GAUSSIAN, exact_gradient, gaussian_task, gradient_of, ring_task
-from difftilt.checks.fk_steering import sequence_truth
+from difftilt.checks.log_h import GAUSSIAN, exact_gradient, gaussian_task, gradient_of, ring_task
+from difftilt.checks.tilted_truths import sequence_truth
 from difftilt.errors import UserError
 from difftilt.models.denoiser import denoiser
 from difftilt.process.gaussian import (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from difftilt.checks.dts import planted, ring_task
-from difftilt.checks.fk_steering import sequence_truth
+from difftilt.checks.tilted_truths import sequence_truth
+from difftilt.checks.tree_runs import planted, ring_task
 from difftilt.models.denoiser import denoiser
 from difftilt.sampling.noise import Noise
 from difftilt.steering.budget import Budget, metered

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 import difftilt
-from difftilt.checks.find import CENTRE, DIMENSIONS, bowl_task
-from difftilt.checks.fk_steering import sequence_truth
+from difftilt.checks.best_noise import CENTRE, DIMENSIONS, bowl_task
+from difftilt.checks.tilted_truths import sequence_truth
 from difftilt.errors import RewardError, UserError
 from difftilt.models.denoiser import denoiser
 from difftilt.models.ledger import Ledger
@@ -442,7 +442,9 @@ def test_samples_of_a_fitted_law_keep_to_the_budget() -> None:
     task, steerer = ring(), find()
     model = denoiser(task.model)
     steerer.fit(task, model, task.reward, [""], Noise(0))
-    with pytest.raises(UserError, match=r"less than the fresh samples, Ledger\(nfe=20, reward_calls=5"):
+    with pytest.raises(
+        UserError, match=r"of 19 network .* fresh samples, up to 20 network evaluations and 5 reward calls: raise"
+    ):
         steer_within(steerer, task, model, task.reward, [""], Noise(0), budget=Budget(nfe=19))
     assert steer_within(steerer, task, model, task.reward, [""], Noise(0), budget=Budget(nfe=20)).ledger.nfe == 20
     with pytest.raises(UserError, match="less than the fresh samples"):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from difftilt.checks.fk_steering import ring_truth, sequence_truth
+from difftilt.checks.tilted_truths import ring_truth, sequence_truth
 from difftilt.errors import RewardError, UserError
 from difftilt.models.denoiser import denoiser
 from difftilt.models.ledger import Ledger

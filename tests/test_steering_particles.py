@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from difftilt.checks.fk_steering import Truth, ring_truth, sequence_truth, z_score
+from difftilt.checks.tilted_truths import Truth, ring_truth, sequence_truth, z_score
 from difftilt.errors import RewardError, UserError
 from difftilt.models.denoiser import NetworkDenoiser, denoiser
 from difftilt.models.mixture import GaussianMixture

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import difftilt as package
-from difftilt.checks.peptune import advanced, begun, toy, valid
+from difftilt.checks.trade_offs import advanced, begun, toy, valid
 from difftilt.errors import RewardError, UserError
 from difftilt.evaluation.report.charts import Cloud, limits_of, scatter_chart
 from difftilt.evaluation.report.page import write_report
@@ -40,7 +40,8 @@ from difftilt.steering.archive import told
 from difftilt.steering.budget import Budget, metered
 from difftilt.steering.peptune import ParetoSearch, PepTune, PepTuneConfig
 from difftilt.steering.protocol import Steered
-from difftilt.steering.tree import Forest, ParetoFront
+from difftilt.steering.tree import Forest
+from difftilt.steering.tree_rules import ParetoFront
 from difftilt.tables import steer_report
 from difftilt.testbeds.mixtures import Mixtures
 from difftilt.training.protocol import Task
@@ -502,7 +503,10 @@ def test_budgets_are_kept_and_what_is_done_comes_out() -> None:
         assert len(steered.history["valid"]) > 2
     with (
         metered(Budget(reward_calls=11), denoiser(task.model).ledger, 1) as meter,
-        pytest.raises(UserError, match=r"less than one round.*reward_calls=12"),
+        pytest.raises(
+            UserError,
+            match=r"of 11 reward calls .* up to \d+ network evaluations and 12 reward",
+        ),
     ):
         steerer.steer(task, denoiser(task.model), task.reward, [""], Noise(0), meter=meter)
 

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from difftilt.checks.fk_steering import Truth, ring_truth, sequence_truth
+from difftilt.checks.tilted_truths import Truth, ring_truth, sequence_truth
 from difftilt.errors import RewardError, UserError
 from difftilt.models.denoiser import denoiser
 from difftilt.models.protocol import GenerativeModel

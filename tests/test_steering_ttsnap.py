@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from difftilt.checks.fk_steering import sequence_truth
+from difftilt.checks.tilted_truths import sequence_truth
 from difftilt.checks.ttsnap import ring
 from difftilt.errors import UserError
 from difftilt.models.denoiser import denoiser

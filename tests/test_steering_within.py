@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import difftilt
-from difftilt.checks.fk_steering import Truth, ring_truth, sequence_truth, z_score
+from difftilt.checks.tilted_truths import Truth, ring_truth, sequence_truth, z_score
 from difftilt.errors import GuardError, RewardError, UserError
 from difftilt.models.denoiser import NetworkDenoiser, denoiser
 from difftilt.models.ledger import Ledger
@@ -27,9 +27,11 @@ from difftilt.sampling.rollout import sample, start_state
 from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
 from difftilt.steering.budget import Budget, Meter
 from difftilt.steering.fk_steering import FKSteering, FKSteeringConfig
+from difftilt.steering.merging import merged
+from difftilt.steering.pricing import fitted_to, largest, price_of, scaled
 from difftilt.steering.protocol import Steered
 from difftilt.steering.svdd import SVDD, SVDDConfig
-from difftilt.steering.within import fitted_to, largest, merged, price_of, scaled, steer_within
+from difftilt.steering.within import steer_within
 from difftilt.testbeds.digits import Digits
 from difftilt.training.protocol import Task
 from difftilt.values import ClosedForm, LatentReward, Rollout, Rows
@@ -139,7 +141,9 @@ def steered_of(weight: Tensor, log_z: float) -> Steered:
 def test_too_little_is_refused_before_any_work() -> None:
     task = ring_truth().task
     model = denoiser(task.model)
-    with pytest.raises(UserError, match=r"particles = 1 can cost 16 network evaluations and 1 reward calls"):
+    with pytest.raises(
+        UserError, match=r"of 15 network evaluations .* = 1 can cost 16 network evaluations and 1 reward call$"
+    ):
         steer_within(BestOfN(BestOfNConfig()), task, model, task.reward, [""], Noise(0), budget=Budget(nfe=15))
     with pytest.raises(UserError, match="these settings can cost 64 network"):
         steer_within(
@@ -376,7 +380,10 @@ def test_a_round_that_costs_more_than_its_price_is_an_error() -> None:
     task = ring_truth().task
     model = denoiser(task.model)
     steerer = SVDD(SVDDConfig(children=2), value=Dear(model))
-    with pytest.raises(GuardError, match="a round cost"), torch.no_grad():
+    with (
+        pytest.raises(GuardError, match="a round cost 61 network evaluations and 2 reward calls, and its price is 31"),
+        torch.no_grad(),
+    ):
         steer_within(steerer, task, model, task.reward, [""], Noise(0), budget=Budget(nfe=40))
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from difftilt.checks.fk_steering import ring_truth, sequence_reward, sequence_truth
+from difftilt.checks.tilted_truths import ring_truth, sequence_reward, sequence_truth
 from difftilt.models.denoiser import denoiser
 from difftilt.models.ledger import Ledger
 from difftilt.models.markov import MarkovPosterior

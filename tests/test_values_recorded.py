@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from difftilt.checks.fk_steering import ring_truth, sequence_truth
+from difftilt.checks.tilted_truths import ring_truth, sequence_truth
 from difftilt.models.denoiser import denoiser
 from difftilt.models.process_reward import ProcessReward
 from difftilt.sampling.kernels import FlowSDE

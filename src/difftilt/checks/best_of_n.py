@@ -6,8 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from difftilt.checks.fk_steering import sequence_reward, sequence_truth, steer
 from difftilt.checks.proof import Proof
+from difftilt.checks.tilted_truths import sequence_reward, sequence_truth, steer
 from difftilt.statistics.discrete import enumerate_sequences, histogram, tilted, total_variation
 from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
 from difftilt.steering.protocol import Steered

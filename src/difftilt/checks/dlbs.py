@@ -11,8 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from difftilt.checks.fk_steering import steer
 from difftilt.checks.proof import Proof
+from difftilt.checks.tilted_truths import steer
 from difftilt.models.denoiser import denoiser
 from difftilt.process.protocol import Process
 from difftilt.rewards.base import FunctionReward

@@ -12,136 +12,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftilt.checks.closed_forms import GaussianData
-from difftilt.checks.fk_steering import slope
+from difftilt.checks.log_h import (
+    BETA,
+    FIRST,
+    exact_gradient,
+    reuse_factor,
+    ring_error,
+    ring_task,
+    settings_of,
+    slopes,
+)
 from difftilt.checks.proof import Proof
+from difftilt.checks.tilted_truths import slope, steer
 from difftilt.models.denoiser import denoiser
-from difftilt.models.mixture import GaussianMixture
-from difftilt.models.protocol import GenerativeModel
-from difftilt.process.gaussian import GaussianProcess, as_gaussian, linear_schedule
-from difftilt.process.grid import uniform_grid
+from difftilt.process.gaussian import as_gaussian
 from difftilt.rewards.base import FunctionReward
 from difftilt.rewards.protocol import Samples
 from difftilt.sampling.kernels import DDIM
 from difftilt.sampling.noise import Noise
-from difftilt.sampling.protocol import Sampler
 from difftilt.statistics.discrete import histogram, total_variation
 from difftilt.steering.best_of_n import BestOfN, BestOfNConfig
+from difftilt.steering.chain import Chain
 from difftilt.steering.doit import DOIT, DOITConfig
-from difftilt.steering.loop import Unselective, search
-from difftilt.steering.particles import Chain, bind, predicted, propose, start
-from difftilt.steering.protocol import Particles, Steered, Steerer
+from difftilt.steering.loop import search
+from difftilt.steering.particles import bind, predicted, propose, start
+from difftilt.steering.protocol import Particles, Steered
+from difftilt.steering.rule import Unselective
 from difftilt.testbeds.exact_chain import exact_chain, nearest_mode, ring_mixture
 from difftilt.testbeds.mixtures import Config, Mixtures
-from difftilt.training.protocol import Task
-from difftilt.values.estimates import ClosedForm, PosteriorMean
+from difftilt.values.estimates import PosteriorMean
 
-STEPS, BETA, FIRST = 40, 1 / 0.6, torch.tensor([1.0, 0.0])
 DRAWS = (16, 64, 256, 1024)
-ROWS = 200
-GAUSSIAN, GAUSSIAN_STEPS, PLACE = GaussianData(1.0, 0.5), 10, 5
-
-
-def gradient_of(doit: DOIT, task: Task, x: Tensor, position: int) -> Tensor:
-    """What DOIT takes for the gradient of log h at states ``x`` of grid point ``position``."""
-    model = denoiser(task.model)
-    chain, particles = start(task, model, [""], len(x), Noise(0))
-    simulator = doit.simulator(chain, bind(task.reward, task, [""], model))
-    with torch.no_grad():
-        return simulator.look(chain, replace(particles, x=x), chain.slots, position).gradient
-
-
-def _config(**settings: Any) -> DOITConfig:
-    return DOITConfig.model_validate({"temperature": BETA, "first": 0, "last": STEPS - 1, **settings})
-
-
-@cache
-def gaussian_task() -> Task:
-    """One Gaussian in one dimension, ten steps of DDIM with eta 1."""
-    process = linear_schedule()
-    model = GenerativeModel(
-        lambda x, t, condition: GAUSSIAN.x0(process, x, t), process, "x0", (1,), lambda prompts: None, lambda x: x
-    )
-    reward = FunctionReward("first", lambda samples: samples.media[:, 0])
-    return Task("gaussian", model, reward, ("",), ("",), Sampler(uniform_grid(GAUSSIAN_STEPS), DDIM(1.0)))
-
-
-@cache
-def _slopes(surrogate: str, draws: int) -> Tensor:
-    """Estimates of the slope of log h over its closed form, β = 1, at 400 states all over the marginal."""
-    task, rows = gaussian_task(), 400
-    process, grid = task.model.process, task.sampler.grid
-    assert isinstance(process, GaussianProcess)
-    t = grid[PLACE].float().expand(rows)
-    mean, std = GAUSSIAN.law(process, t)
-    x = mean[:, None] + std[:, None] * Noise(2).normal(torch.arange(rows), (1,), purpose="states")
-    exact = process.alpha(t) * GAUSSIAN.std**2 / std**2
-    doit = DOIT(_config(surrogate=surrogate, simulations=draws, temperature=1.0))
-    return gradient_of(doit, task, x, PLACE)[:, 0].double() / exact
 
 
 def _identity_slope(surrogate: str) -> float:
-    return slope(DRAWS[:3], [float((_slopes(surrogate, draws) - 1).square().mean().sqrt()) for draws in DRAWS[:3]])
+    return slope(DRAWS[:3], [float((slopes(surrogate, draws) - 1).square().mean().sqrt()) for draws in DRAWS[:3]])
 
 
 def _bias(surrogate: str, draws: int) -> float:
     """Standard errors between the mean estimate, in units of the closed form, and 1."""
-    found = _slopes(surrogate, draws)
+    found = slopes(surrogate, draws)
     return float((found.mean() - 1).abs() / (found.std() / len(found) ** 0.5))
-
-
-def reuse_factor() -> float:
-    """1 + sigma_s²/(alpha_s²·std²) at the end s of the step."""
-    task = gaussian_task()
-    process, s = task.model.process, task.sampler.grid[PLACE + 1].reshape(1)
-    assert isinstance(process, GaussianProcess)
-    return 1 + float(process.sigma(s) ** 2 / (process.alpha(s) * GAUSSIAN.std) ** 2)
-
-
-@cache
-def ring_task(eta: float = 1.0) -> tuple[Task, GaussianMixture]:
-    """The ring with DDIM steps."""
-    mixture = ring_mixture()
-    task = exact_chain(mixture, lambda x: x[:, 0], STEPS)
-    return replace(task, sampler=replace(task.sampler, kernel=DDIM(eta))), mixture
-
-
-def _soft_value(x: Tensor, t: Tensor) -> Tensor:
-    task, mixture = ring_task()
-    process = task.model.process
-    assert isinstance(process, GaussianProcess)
-    return mixture.soft_value_linear(process, x, t, FIRST, BETA)
-
-
-def exact_gradient(x: Tensor, t: Tensor) -> Tensor:
-    """Gradient of log h on the ring."""
-    with torch.enable_grad():
-        x = x.detach().clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(_soft_value(x, t).sum() / BETA, x)
-    return gradient
-
-
-@cache
-def ring_error(surrogate: str, draws: int) -> float:
-    """Mean |error| of the gradient over mean |gradient| at the middle of the chain; ``exact`` weighs by h itself."""
-    task, mixture = ring_task()
-    process, t = task.model.process, torch.full((ROWS,), 0.5)
-    assert isinstance(process, GaussianProcess)
-    x = mixture.sample_marginal(process, t, Noise(5).normal(torch.arange(ROWS), (3,), purpose="states"))
-    value = ClosedForm(lambda x, t, condition: _soft_value(x, t)) if surrogate == "exact" else None
-    config = _config(simulations=draws, **({} if value else {"surrogate": surrogate}))
-    truth = exact_gradient(x, t)
-    error = gradient_of(DOIT(config, value=value), task, x, STEPS // 2) - truth
-    return float(error.norm(dim=1).mean() / truth.norm(dim=1).mean())
 
 
 def _error_slope(surrogate: str) -> float:
     return slope(DRAWS, [ring_error(surrogate, draws) for draws in DRAWS])
-
-
-def steer(steerer: Steerer, task: Task, prompts: int = 1) -> Steered:
-    """One call from a fixed seed."""
-    return steerer.steer(task, denoiser(task.model), task.reward, [""] * prompts, Noise(0))
 
 
 def exactly(chain: Chain, particles: Particles, position: int) -> tuple[Chain, Particles]:
@@ -163,7 +78,7 @@ def ring_samples(surrogate: str, eta: float, count: int, **settings: Any) -> Ten
         with torch.no_grad():
             return search(Unselective(), chain, particles, scorer, PosteriorMean(scorer), move=exactly).x_0
     chosen = {"strength": 0.0} if surrogate == "base" else {"surrogate": surrogate}
-    return steer(DOIT(_config(particles=count, **chosen, **settings)), task).x_0
+    return steer(DOIT(settings_of(particles=count, **chosen, **settings)), task, 1).x_0
 
 
 def ring_distance(surrogate: str, eta: float = 1.0, count: int = 1000, **settings: Any) -> float:
@@ -177,8 +92,8 @@ def ring_distance(surrogate: str, eta: float = 1.0, count: int = 1000, **setting
 def _flow_distance(**settings: Any) -> float:
     """The same on the testbed ``mixtures``: a rectified flow, 20 steps of Flow-SDE, β = 1, 1000 samples."""
     testbed = Mixtures(Config(reward="linear", steps=20, shift=1.0))
-    doit = DOIT(_config(temperature=1.0, particles=1000, last=19, surrogate="one_step", simulations=32, **settings))
-    return testbed.mode_distance(steer(doit, testbed.task()).x_0)
+    doit = DOIT(settings_of(temperature=1.0, particles=1000, last=19, surrogate="one_step", simulations=32, **settings))
+    return testbed.mode_distance(steer(doit, testbed.task(), 1).x_0)
 
 
 def stairs(samples: Samples) -> Tensor:
@@ -244,7 +159,7 @@ PROOFS = (
     ),
     Proof(
         "ablation, one Gaussian: the re-used noise is too large by 1 + sigma²/(alpha²s²) (mean estimate over that)",
-        lambda: float(_slopes("reuse", 1024).mean()) / reuse_factor(),
+        lambda: float(slopes("reuse", 1024).mean()) / reuse_factor(),
         at_least=0.97,
         at_most=1.03,
     ),

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from difftilt.checks.fk_steering import steer
 from difftilt.checks.proof import Proof
+from difftilt.checks.tilted_truths import steer
 from difftilt.models.denoiser import denoiser
 from difftilt.rewards.protocol import Samples
 from difftilt.sampling.noise import Noise

@@ -5,8 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from difftilt.checks.fk_steering import steer
 from difftilt.checks.proof import Proof
+from difftilt.checks.tilted_truths import steer
 from difftilt.models.denoiser import denoiser
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.rollout import sample

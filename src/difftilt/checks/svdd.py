@@ -12,8 +12,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from difftilt.checks.fk_steering import Truth, ring_truth, sequence_reward, sequences, steer
 from difftilt.checks.proof import Proof
+from difftilt.checks.tilted_truths import Truth, ring_truth, sequence_reward, sequences, steer
 from difftilt.models.denoiser import denoiser
 from difftilt.models.process_reward import ProcessReward
 from difftilt.process.gaussian import GaussianProcess

@@ -29,20 +29,10 @@ from difftilt.recipes.schema import Recipe, SteeringConfig
 from difftilt.rewards import WeightedSum
 from difftilt.sampling.noise import Noise
 from difftilt.training.config import TrainingConfig
+from difftilt.training.datasets import DATA, MANIFEST, VERSION, Manifest, read_manifest, scores_again
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.logs import write_text
-from difftilt.training.offline import (
-    DATA,
-    MANIFEST,
-    VERSION,
-    Manifest,
-    equal_groups,
-    from_tensors,
-    read_manifest,
-    scored,
-    scores_again,
-    to_tensors,
-)
+from difftilt.training.offline import equal_groups, from_tensors, scored, to_tensors
 from difftilt.training.plain import draw
 from difftilt.training.protocol import Task
 from difftilt.training.provenance import drawn_by

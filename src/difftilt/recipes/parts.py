@@ -14,7 +14,7 @@ from difftilt.errors import UserError
 from difftilt.leaves import load
 from difftilt.rewards.base import as_reward, scores_samples
 from difftilt.rewards.protocol import Reward
-from difftilt.steering.within import scaled_by
+from difftilt.steering.pricing import scaled_by
 
 
 class NoFields(Config):

@@ -17,9 +17,10 @@ from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
-from difftilt.steering.loop import Unselective, search
+from difftilt.steering.loop import search
 from difftilt.steering.particles import bind, start
 from difftilt.steering.protocol import Progress, Steered
+from difftilt.steering.rule import Unselective
 from difftilt.training.protocol import Task
 from difftilt.values.estimates import PosteriorMean
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from difftilt.config import Config
 from difftilt.errors import UserError
 from difftilt.models.denoiser import NetworkDenoiser
-from difftilt.models.ledger import Ledger
+from difftilt.models.ledger import Ledger, in_words
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.compose import WeightedSum
 from difftilt.rewards.protocol import Reward
@@ -37,6 +37,15 @@ class Budget(Config):
     def bounded(self) -> bool:
         """Whether anything is bounded."""
         return (self.nfe, self.reward_calls, self.seconds) != (None, None, None)
+
+    def of(self, prompts: int) -> str:
+        """What a call for so many prompts may spend, in words."""
+        return in_words({name: count and prompts * count for name, count in self.counted.items()})
+
+    @property
+    def counted(self) -> dict[str, int | None]:
+        """What is counted for each prompt; None is not bounded."""
+        return {"nfe": self.nfe, "reward_calls": self.reward_calls}
 
 
 @dataclass
@@ -77,6 +86,11 @@ class Meter:
         fits = budget.nfe is None or total.nfe <= budget.nfe * self.prompts
         fits = fits and (budget.reward_calls is None or total.reward_calls <= budget.reward_calls * self.prompts)
         return fits and (late or (not self.interrupted and self.in_time))
+
+    def too_small(self, what: str, cost: Ledger) -> UserError:
+        """The error of a budget that is less than what must fit: what it allows, and what that can cost."""
+        allowed = self.budget.of(self.prompts)
+        return UserError(f"the budget of {allowed} for all prompts is less than {what}, up to {cost}: raise it")
 
     @property
     def in_time(self) -> bool:
@@ -125,7 +139,8 @@ def spend(
         if progress is not None:
             progress(done, total, None)
     if done == 0:
-        raise UserError(f"the budget is less than one round, which can cost {cost(1)} for all prompts: raise it")
+        assert meter is not None
+        raise meter.too_small("one round", cost(1))
     ended = meter is not None and (meter.interrupted or not meter.in_time)
     return done, done == total or not more or not ended
 

@@ -21,11 +21,13 @@ from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
+from difftilt.steering.chain import Chain
 from difftilt.steering.learning import LearnsValue
-from difftilt.steering.loop import Selected, Visit, best_alone, search, settle
-from difftilt.steering.particles import Chain, bind, start
+from difftilt.steering.loop import search
+from difftilt.steering.particles import bind, start
 from difftilt.steering.protocol import Particles, Progress, Steered
 from difftilt.steering.resampling import distinct
+from difftilt.steering.rule import Selected, Visit, best_alone, settle
 from difftilt.steering.selection import top
 from difftilt.steering.valuing import Valued, branching_price
 from difftilt.training.protocol import Task

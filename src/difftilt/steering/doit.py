@@ -26,9 +26,11 @@ from difftilt.sampling.kernels import DDIM
 from difftilt.sampling.noise import Apart
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import NoiseSource
-from difftilt.steering.loop import Unselective, search
-from difftilt.steering.particles import Chain, bind, propose, start
+from difftilt.steering.chain import Chain
+from difftilt.steering.loop import search
+from difftilt.steering.particles import bind, propose, start
 from difftilt.steering.protocol import Particles, Progress, Steered
+from difftilt.steering.rule import Unselective
 from difftilt.steering.simulating import Look, Simulator, informed_steps, noisy_steps
 from difftilt.training.protocol import Task
 from difftilt.trees import join, take

@@ -4,22 +4,15 @@ The reward of every finished rollout is backed up through the tree by the soft B
 learn what they are worth, and later rollouts start where exp(value/β) says. Intermediate states are never scored.
 """
 
-from collections.abc import Sequence
-
 import torch
-from jaxtyping import Int
 from pydantic import Field
-from torch import Tensor
 
 from difftilt.card import Card
-from difftilt.models.protocol import Denoiser
-from difftilt.rewards.protocol import Reward
-from difftilt.sampling.protocol import NoiseSource
-from difftilt.steering.budget import Meter
-from difftilt.steering.protocol import Progress, Steered
+from difftilt.steering.protocol import Steered
 from difftilt.steering.rollout_tree import Search, TreeConfig
-from difftilt.steering.tree import Boltzmann, Statistic, soft_value
-from difftilt.training.protocol import Task
+from difftilt.steering.tree import Statistic
+from difftilt.steering.tree_rules import Boltzmann
+from difftilt.steering.tree_steerer import TreeSteerer
 
 CARD = Card(
     name="dts",
@@ -37,7 +30,7 @@ class DTSConfig(TreeConfig):
     """Drawn from each finished tree; free, and the same finished sample may come more than once."""
 
 
-class DTS:
+class DTS(TreeSteerer[DTSConfig, Boltzmann]):
     """Select by exp(value/β), complete, back up by log mean exp; then sample from the finished tree.
 
     Args:
@@ -48,26 +41,10 @@ class DTS:
     Config = DTSConfig
 
     def __init__(self, config: DTSConfig, *, statistic: Statistic | None = None) -> None:
-        self.config = config
-        self.rule = Boltzmann(config.temperature)
-        self.statistic = soft_value(config.temperature) if statistic is None else statistic
+        super().__init__(config, Boltzmann(config.temperature), statistic)
 
-    @torch.no_grad()
-    def steer(
-        self,
-        task: Task,
-        denoise: Denoiser,
-        reward: Reward,
-        prompts: Sequence[str],
-        noise: NoiseSource,
-        *,
-        index: Int[Tensor, " prompts"] | None = None,
-        progress: Progress | None = None,
-        meter: Meter | None = None,
-    ) -> Steered:
-        """Grow a tree for every prompt and sample from it; arguments as in the protocol."""
-        search = Search.begin(self.config, self.rule, self.statistic, task, denoise, reward, prompts, noise, index)
-        search.grow(meter, progress)
+    def harvest(self, search: Search) -> Steered:
+        """As many samples as the settings say."""
         return self.sample(search, self.config.samples)
 
     def sample(self, search: Search, samples: int) -> Steered:

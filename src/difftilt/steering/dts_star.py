@@ -3,23 +3,16 @@
 Boltzmann selection gives way to an upper confidence bound. What comes out is a search, not the tilted law.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
 from pydantic import Field
-from torch import Tensor
 
 from difftilt.card import Card
-from difftilt.models.protocol import Denoiser
-from difftilt.rewards.protocol import Reward
-from difftilt.sampling.protocol import NoiseSource
-from difftilt.steering.budget import Meter
-from difftilt.steering.protocol import Progress, Steered
+from difftilt.steering.protocol import Steered
 from difftilt.steering.rollout_tree import Search, TreeConfig
-from difftilt.steering.tree import UCT, soft_value
-from difftilt.training.protocol import Task
+from difftilt.steering.tree_rules import UCT
+from difftilt.steering.tree_steerer import TreeSteerer
 
 CARD = Card(
     name="dts-star",
@@ -37,7 +30,7 @@ class DTSStarConfig(TreeConfig):
     """Weight of the bonus sqrt(ln N(parent)/N(child)), in units of the reward; the paper's c."""
 
 
-class DTSStar:
+class DTSStar(TreeSteerer[DTSStarConfig, UCT]):
     """Select by value and visit count, complete, back up by log mean exp; keep the best sample ever seen.
 
     Two samples of every prompt come out: the best one, which has all the weight, and the one that the values lead to.
@@ -46,26 +39,11 @@ class DTSStar:
     Config = DTSStarConfig
 
     def __init__(self, config: DTSStarConfig) -> None:
-        self.config = config
-        self.rule, self.statistic = UCT(config.exploration), soft_value(config.temperature)
+        super().__init__(config, UCT(config.exploration))
 
-    @torch.no_grad()
-    def steer(
-        self,
-        task: Task,
-        denoise: Denoiser,
-        reward: Reward,
-        prompts: Sequence[str],
-        noise: NoiseSource,
-        *,
-        index: Int[Tensor, " prompts"] | None = None,
-        progress: Progress | None = None,
-        meter: Meter | None = None,
-    ) -> Steered:
-        """Search for every prompt; arguments as in the protocol."""
-        search = Search.begin(self.config, self.rule, self.statistic, task, denoise, reward, prompts, noise, index)
-        search.grow(meter, progress)
-        count = len(prompts)
+    def harvest(self, search: Search) -> Steered:
+        """The best and the greedy sample of each tree."""
+        count = len(search.prompts)
         greedy = search.descend(UCT(0.0), torch.zeros(count, 1, search.forest.last + 1))
         leaves = torch.cat([torch.from_numpy(search.best)[:, None], greedy], 1)
         outcome = search.outcome(

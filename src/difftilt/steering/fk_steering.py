@@ -20,13 +20,15 @@ from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import Guide, NoiseSource
+from difftilt.steering.chain import Chain
 from difftilt.steering.guides import value_guide
 from difftilt.steering.learning import LearnsValue
-from difftilt.steering.loop import Selected, Visit, best_alone, search
-from difftilt.steering.particles import Chain, bind, gather, start, weighted
+from difftilt.steering.loop import search
+from difftilt.steering.particles import bind, gather, start, weighted
 from difftilt.steering.potentials import Lineage, PotentialName, begin, gain, offset
 from difftilt.steering.protocol import Particles, Progress, Steered
 from difftilt.steering.resampling import RESAMPLERS, ResamplerName, effective_sample_size, log_mean_exp
+from difftilt.steering.rule import Selected, Visit, best_alone
 from difftilt.steering.valuing import Valued, value_price
 from difftilt.training.protocol import Task
 from difftilt.values.estimates import LatentReward

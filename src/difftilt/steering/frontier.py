@@ -19,7 +19,7 @@ from difftilt.process.protocol import Condition, Prediction
 from difftilt.sampling.protocol import Moment
 from difftilt.sampling.rollout import Plan, rollout, start_state, step_noise
 from difftilt.sampling.windows import window_mask
-from difftilt.steering.particles import Chain
+from difftilt.steering.chain import Chain
 from difftilt.steering.store import NodeStore
 from difftilt.steering.tree import Forest, Ids
 from difftilt.trees import take

@@ -8,7 +8,7 @@ from difftilt.errors import UserError
 from difftilt.process.gaussian import expand
 from difftilt.sampling.protocol import Guide, Moment
 from difftilt.sampling.steps import GaussianStep
-from difftilt.steering.particles import Chain
+from difftilt.steering.chain import Chain
 from difftilt.values.estimates import LatentReward
 
 

@@ -19,7 +19,8 @@ from difftilt.rewards.protocol import Reward
 from difftilt.sampling.noise import Apart
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.sampling.rollout import start_state
-from difftilt.steering.particles import Chain, bind
+from difftilt.steering.chain import Chain
+from difftilt.steering.particles import bind
 from difftilt.steering.protocol import Lesson, Progress
 from difftilt.steering.valuing import Valued, value_of
 from difftilt.training.process_reward import condition_of

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from difftilt.config import Config
-from difftilt.errors import RewardError, UserError
+from difftilt.errors import RewardError
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
@@ -98,7 +98,7 @@ class LearnsNoise(ABC):
             learned, missing, complete = self._learn(generator, meter, progress)
         cost = generator.price(self.rounds.samples)
         if meter is not None and not meter.allows(cost, late=True):
-            raise UserError(f"the budget is less than the fresh samples, {cost} for all prompts: raise it")
+            raise meter.too_small("the fresh samples", cost)
         self.latest = learned
         fresh = self._fresh(generator, to_device(learned.law(prompts, task.model.shape), generator.index.device))
         invalid = missing + fresh.rewards.isnan().reshape(len(prompts), -1).sum(1)

@@ -27,10 +27,12 @@ from difftilt.sampling.protocol import NoiseSource, Step
 from difftilt.sampling.rollout import Plan, rollout, step_noise
 from difftilt.steering.archive import Archives, Goals
 from difftilt.steering.budget import Meter, price, spend
-from difftilt.steering.particles import Chain, bind, start
+from difftilt.steering.chain import Chain
+from difftilt.steering.particles import bind, start
 from difftilt.steering.protocol import Progress, Steered
 from difftilt.steering.store import NodeStore
-from difftilt.steering.tree import Forest, Ids, ParetoFront, Reals, Rule
+from difftilt.steering.tree import Forest, Ids, Reals, Rule
+from difftilt.steering.tree_rules import ParetoFront
 from difftilt.training.needs import check_needs
 from difftilt.training.protocol import Task
 from difftilt.trees import take

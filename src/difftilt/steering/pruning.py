@@ -14,9 +14,9 @@ from torch import Tensor
 
 from difftilt.errors import UserError
 from difftilt.sampling.protocol import NoiseSource
-from difftilt.steering.loop import Selected, Visit, best_alone, settle
-from difftilt.steering.particles import Chain
+from difftilt.steering.chain import Chain
 from difftilt.steering.protocol import Particles, Steered
+from difftilt.steering.rule import Selected, Visit, best_alone, settle
 from difftilt.steering.selection import fused, kept, survivors
 from difftilt.values.noise_aware import Term
 

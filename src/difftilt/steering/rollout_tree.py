@@ -27,11 +27,10 @@ from difftilt.steering.frontier import Frontier
 from difftilt.steering.particles import bind, start
 from difftilt.steering.protocol import Progress, Steered
 from difftilt.steering.store import NodeStore
-from difftilt.steering.tree import Forest, Ids, Rule, Statistic, Widening
+from difftilt.steering.tree import Forest, Ids, Rule, Statistic
+from difftilt.steering.tree_rules import Widening, Widths
 from difftilt.training.protocol import Task
 from difftilt.values.estimates import LatentReward
-
-_NONE = np.zeros(0, np.int64)
 
 
 class TreeConfig(Config):
@@ -124,10 +123,9 @@ class Search:
 
     def __post_init__(self) -> None:
         config = self.config
-        self._own = Widening(config.widening, config.exponent)
-        self._root = Widening(config.root_widening or config.widening, config.root_exponent or config.exponent)
-        # by number of visits; they grow with the tree, for settings may allow more rollouts than memory
-        self._limits, self._root_limits, self._swept = self._own.limit(_NONE), self._root.limit(_NONE), config.rollouts
+        inner = Widening(config.widening, config.exponent)
+        root = Widening(config.root_widening or config.widening, config.root_exponent or config.exponent)
+        self._widths, self._swept = Widths(self.forest, inner, root), config.rollouts
 
     def grow(self, meter: Meter | None, progress: Progress | None) -> None:
         """Rounds until the rollouts or the budget are spent.
@@ -154,16 +152,14 @@ class Search:
     def advance(self, batch: int) -> bool:
         """One round: select, complete, score, back up; a tree is never finished."""
         forest, device = self.forest, self.frontier.device
-        if self.done + batch >= len(self._limits):
-            visits = np.arange(2 * (self.done + batch))
-            self._limits, self._root_limits = self._own.limit(visits), self._root.limit(visits)
+        self._widths.reach(self.done + batch)
         count = torch.arange(self.done, self.done + batch, device=device)
         index = (self.prompts[:, None] * self.config.rollouts + count).flatten()
         noise = self.frontier.chain.noise
         levels: list[list[float]] = noise.uniform(index, (forest.last + 1,), purpose="select").tolist()
         root = np.repeat(np.arange(len(self.prompts)), batch)
         pairs = zip(root.tolist(), levels, strict=True)
-        at = np.array([forest.select(tree, self.rule, self.limit, level) for tree, level in pairs])
+        at = np.array([forest.select(tree, self.rule, self._widths.now, level) for tree, level in pairs])
         self.done += batch
         new = forest.depth[at] < forest.last
         leaves = at.copy()
@@ -192,21 +188,9 @@ class Search:
                 self.best[tree] = leaf
         return leaves
 
-    def limit(self, node: int) -> int:
-        """Children that a node may have now."""
-        forest = self.forest
-        if forest.single[node]:
-            return 1
-        limits = self._limits if forest.parent[node] >= 0 else self._root_limits
-        return int(limits[forest.visits[node] + forest.virtual[node]])
-
     def may_branch(self, nodes: Ids) -> NDArray[np.bool_]:
         """Whether a node that is no root can have another child before the rollouts are over."""
-        left = self.config.rollouts - self.done
-        # the last selection sees what all but itself have visited; nodes of this round have one visit to come
-        most = np.maximum(self.forest.visits[nodes], 1) + max(left - 1, 0)
-        wide = self._own.limit(most) > np.maximum(self.forest.count(nodes), 1)
-        return wide & ~self.forest.single[nodes] & (left > 0)
+        return self._widths.ever(nodes, self.config.rollouts - self.done)
 
     def _sweep(self) -> None:
         """Drop predictions that no child can be drawn from any more; looked for whenever the rollouts left halve.

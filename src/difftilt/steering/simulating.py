@@ -17,7 +17,7 @@ from difftilt.process.protocol import Condition, Prediction
 from difftilt.sampling.noise import copies
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.steps import GaussianStep
-from difftilt.steering.particles import Chain
+from difftilt.steering.chain import Chain
 from difftilt.steering.protocol import Particles
 from difftilt.trees import Batched, take, tree_map
 from difftilt.values.likelihood_ratio import antithetic, noise_score

@@ -20,11 +20,13 @@ from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.protocol import NoiseSource
+from difftilt.steering.chain import Chain
 from difftilt.steering.learning import LearnsValue
-from difftilt.steering.loop import Selected, Visit, all_alike, search, settle
-from difftilt.steering.particles import Chain, bind, gather, start
+from difftilt.steering.loop import search
+from difftilt.steering.particles import bind, gather, start
 from difftilt.steering.protocol import Particles, Progress, Steered
 from difftilt.steering.resampling import effective_sample_size, multinomial
+from difftilt.steering.rule import Selected, Visit, all_alike, settle
 from difftilt.steering.selection import categorical
 from difftilt.steering.valuing import Valued, branching_price
 from difftilt.training.protocol import Task

@@ -8,7 +8,7 @@ from difftilt.config import Config
 from difftilt.errors import UserError
 from difftilt.models.ledger import Ledger
 from difftilt.process.gaussian import GaussianProcess
-from difftilt.steering.particles import Chain
+from difftilt.steering.chain import Chain
 from difftilt.values.estimates import LatentReward, Lookahead, PosteriorMean, Rollout, SampledX0
 from difftilt.values.learned import Regression
 from difftilt.values.protocol import Value

@@ -15,7 +15,8 @@ from difftilt.leaves import load, nearest
 from difftilt.recipes.loading import read
 from difftilt.recipes.parts import Part, read_part
 from difftilt.recipes.schema import Recipe, RewardWeights, SteeringConfig
-from difftilt.steering.within import is_anytime, scaled_by
+from difftilt.steering.pricing import scaled_by
+from difftilt.steering.within import is_anytime
 from difftilt.training.config import Device, OptimizerConfig, TrainingConfig
 
 SECTIONS = ("testbed", "reward", "arena", "members")

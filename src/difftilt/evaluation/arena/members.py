@@ -21,8 +21,9 @@ from difftilt.recipes.parts import Part
 from difftilt.rewards import as_reward
 from difftilt.sampling.protocol import Sampler
 from difftilt.steering.budget import Budget, price
+from difftilt.steering.pricing import Priced, largest, price_of, scaled_by
 from difftilt.steering.protocol import SelfFitting, Steered, Steerer
-from difftilt.steering.within import Priced, is_anytime, largest, price_of, scaled_by, steer_within
+from difftilt.steering.within import is_anytime, steer_within
 from difftilt.training.loop import Loop
 from difftilt.training.measure import heldout_batch, measure, numbers_of
 from difftilt.training.protocol import Task
