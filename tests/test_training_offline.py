@@ -21,8 +21,8 @@ from difftilt.recipes.building import build_task
 from difftilt.rewards import Corrected, as_reward
 from difftilt.rewards.protocol import Samples
 from difftilt.sampling.solvers import Heun
-from difftilt.training.datasets import load_data
 from difftilt.training.protocol import Task
+from difftilt.training.stored import load_data
 from training_runs import without_pictures
 
 RECIPE: dict[str, Any] = {
@@ -180,7 +180,7 @@ def test_data_sets_of_versions_before_are_read_and_refused_as_they_were(made: Pa
     with pytest.raises(UserError, match="other weights"):
         load_data(tmp_path, task(seed=1))
     # no tensor of this model is large: only where fewer values are read do the two kinds of hash differ
-    with patch("difftilt.training.datasets.READ", 3):
+    with patch("difftilt.training.stored.READ", 3):
         load_data(tmp_path, task())
         changed(tmp_path, lambda values: values.update(version=2))
         with pytest.raises(UserError, match="other weights"):

@@ -28,10 +28,10 @@ from difftilt.rewards.served.service import MAX_BYTES, Service
 from difftilt.sampling.protocol import Sampler
 from difftilt.steering.budget import Budget
 from difftilt.steering.protocol import Anytime, Progress, Steerer
-from difftilt.training.datasets import Manifest
 from difftilt.training.logs import told_if_full
 from difftilt.training.loop import Hook, TrainResult, train_task
 from difftilt.training.protocol import Method
+from difftilt.training.stored import Manifest
 from difftilt.training.world import join_world
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe

@@ -13,9 +13,9 @@ from difftilt.recipes.parts import Part, read_part
 from difftilt.recipes.schema import Recipe, RewardWeights
 from difftilt.rewards import Reward, WeightedSum, as_reward
 from difftilt.rewards.base import Unrewarded
-from difftilt.training.datasets import load_data
 from difftilt.training.needs import check_needs
 from difftilt.training.protocol import Task
+from difftilt.training.stored import load_data
 
 
 def build_task(recipe: Recipe) -> Task:

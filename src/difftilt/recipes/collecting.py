@@ -29,7 +29,6 @@ from difftilt.recipes.schema import Recipe, SteeringConfig
 from difftilt.rewards import WeightedSum
 from difftilt.sampling.noise import Noise
 from difftilt.training.config import TrainingConfig
-from difftilt.training.datasets import DATA, MANIFEST, VERSION, Manifest, read_manifest, scores_again
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.logs import write_text
 from difftilt.training.offline import equal_groups, from_tensors, scored, to_tensors
@@ -37,6 +36,7 @@ from difftilt.training.plain import draw
 from difftilt.training.protocol import Task
 from difftilt.training.provenance import drawn_by
 from difftilt.training.run import LoopRun
+from difftilt.training.stored import DATA, MANIFEST, VERSION, Manifest, read_manifest, scores_again
 from difftilt.training.world import World, join_world
 from difftilt.trees import take
 

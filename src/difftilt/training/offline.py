@@ -1,6 +1,6 @@
 """Groups of samples that were drawn and scored before training, as an offline method learns from them.
 
-They are the :class:`~difftilt.training.experience.Experience` of many groups, without edges; ``training.datasets``
+They are the :class:`~difftilt.training.experience.Experience` of many groups, without edges; ``training.stored``
 keeps them on disk.
 """
 
