@@ -19,9 +19,11 @@ from difftilt.recipes.directory import CONFIG, check_free, check_output, run_dir
 from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe, run_of
 from difftilt.recipes.exporting import export_checkpoint, export_result
 from difftilt.recipes.fitting import FitResult, fit_recipe
+from difftilt.recipes.loading import escaped
 from difftilt.recipes.schema import Recipe, load_recipe
 from difftilt.recipes.sources import Object, Scored, is_object, recipe_of_objects, task_of
 from difftilt.recipes.steered import SteerResult
+from difftilt.rewards.prompts import plain
 from difftilt.rewards.protocol import Reward
 from difftilt.rewards.served.server import RewardServer
 from difftilt.rewards.served.service import MAX_BYTES, Service
@@ -31,6 +33,7 @@ from difftilt.steering.protocol import Anytime, Progress, Steerer
 from difftilt.training.logs import told_if_full
 from difftilt.training.loop import Hook, TrainResult, train_task
 from difftilt.training.offline import Manifest
+from difftilt.training.prompts import Given, as_prompts
 from difftilt.training.protocol import Method
 from difftilt.training.world import join_world
 
@@ -43,8 +46,8 @@ def train(
     output: str | Path,
     *,
     reward: Scored | None = None,
-    prompts: Sequence[str] | None = None,
-    heldout_prompts: Sequence[str] | None = None,
+    prompts: Given | None = None,
+    heldout_prompts: Given | None = None,
     method: str | Mapping[str, Any] | None = None,
     sampler: Sampler | None = None,
     pipeline: Mapping[str, Any] | None = None,
@@ -62,7 +65,8 @@ def train(
         source: what a recipe can be given as, or a task, a model, or a pipeline of ``diffusers``.
         output: run directory; new, or with ``resume`` the one of the same run.
         reward: of an object: a reward, or a function of samples that returns one score for each.
-        prompts: of an object: what to train on.
+        prompts: of an object: what to train on; texts, mappings with ``prompt`` and metadata for the reward, or a file
+            or data set of them.
         heldout_prompts: of an object: what to evaluate on; None evaluates on the training prompts.
         method: of an object: name of a method, or its section of a recipe; None is ``flow-grpo``.
         sampler: of an object: grid and kernel in place of its own.
@@ -129,7 +133,7 @@ def fit(
 def steer(
     source: RecipeLike | Object,
     reward: Scored | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Given | None = None,
     *,
     method: str | Steerer | Anytime | None = None,
     budget: Budget | Mapping[str, Any] | None = None,
@@ -148,7 +152,7 @@ def steer(
     Args:
         source: a model, a task, a pipeline of ``diffusers``, or what a recipe can be given as.
         reward: a reward, or a function of samples that returns one score for each; None takes the task's.
-        prompts: what to sample for, all in one batch; None takes the held-out prompts of the task.
+        prompts: what to sample for, all in one batch, as for :func:`train`; None takes the task's held-out prompts.
         method: name of a steerer, ``module:Class``, or a steerer; a recipe names its own.
         budget: what the call may spend, ``nfe`` and ``reward_calls`` for each prompt, ``seconds`` for the whole.
         sampler: grid and kernel in place of the task's; a model alone takes 50 stochastic steps.
@@ -177,7 +181,7 @@ def steer(
     else:
         _refuse({"method": method, "sampler": sampler, "reward": reward, "pipeline": pipeline})
         chosen = {f"steering.{key}" if key == "budget" else key: value for key, value in settings.items()}
-        chosen |= {} if prompts is None else {"steering.prompts": list(prompts)}
+        chosen |= {} if prompts is None else {"steering.prompts": [plain(prompt) for prompt in as_prompts(prompts)]}
         call = call_of_recipe(_typed(cast(RecipeLike, source), overrides, chosen))
     result = run_call(call, progress)
     if output is not None:
@@ -342,12 +346,12 @@ def check(names: Iterable[str] = (), quick: bool = False) -> list[Result]:
 
 
 def _typed(recipe: RecipeLike, overrides: Sequence[str], settings: Mapping[str, object]) -> Recipe:
-    values = recipe.open() if isinstance(recipe, Recipe) else recipe
+    values = escaped(recipe.open()) if isinstance(recipe, Recipe) else recipe
     return load_recipe(values, _overrides(overrides, settings))
 
 
 def _overrides(overrides: Sequence[str], settings: Mapping[str, object]) -> Sequence[str]:
-    return [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
+    return [*overrides, *(f"{key}={json.dumps(escaped(value))}" for key, value in settings.items())]
 
 
 def _refuse(given: Mapping[str, object]) -> None:

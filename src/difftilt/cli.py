@@ -343,7 +343,9 @@ def _progress(row: Mapping[str, float], verdicts: Sequence[object]) -> None:
 
 
 def _shortcuts(**values: object) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    from difftilt.recipes.loading import escaped
+
+    return [f"{key}={json.dumps(escaped(value))}" for key, value in values.items() if value is not None]
 
 
 def _print(what: RenderableType) -> None:

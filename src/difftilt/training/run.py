@@ -115,7 +115,7 @@ class LoopRun:
     def samples(self, x_0: Tensor, batch: PromptBatch | Experience, heldout: bool = False) -> Samples:
         texts = self.task.heldout_prompts if heldout else self.task.prompts
         prompts = [texts[int(i)] for i in batch.prompt]
-        return Samples(self.task.model.decode(x_0), prompts, prompts, batch.group, batch.condition)
+        return Samples.of(self.task.model.decode(x_0), prompts, batch.group, batch.condition)
 
     def score(self, samples: Samples) -> Scores:
         return self.score_with(self.task.reward, samples)
