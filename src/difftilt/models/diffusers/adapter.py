@@ -170,6 +170,7 @@ class Adapter:
             null_condition=None if self.distilled else self.null_condition,
             export=self.export,
             lora_targets=self.lora_targets,
+            latents=self.latents,
         )
 
     def export(self, weights: Weights, folder: Path) -> None:
