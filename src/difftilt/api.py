@@ -19,10 +19,12 @@ from difftilt.recipes.directory import CONFIG, check_free, check_output, run_dir
 from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe, run_of
 from difftilt.recipes.exporting import export_checkpoint, export_result
 from difftilt.recipes.fitting import FitResult, fit_recipe
+from difftilt.recipes.judging import Pairs, judge_pairs
 from difftilt.recipes.loading import escaped
 from difftilt.recipes.schema import Recipe, load_recipe
 from difftilt.recipes.sources import Object, Scored, is_object, recipe_of_objects, task_of
 from difftilt.recipes.steered import SteerResult
+from difftilt.rewards.agreement import Agreement
 from difftilt.rewards.prompts import plain
 from difftilt.rewards.protocol import Reward
 from difftilt.rewards.served.server import RewardServer
@@ -239,6 +241,32 @@ def evaluate(
     run = run_of(checkpoint)
     (progress or _silent)(f"{checkpoint.name.replace('_', ' ')} of {run}")
     return evaluate_recipe(_typed(run / CONFIG, overrides, settings), checkpoint)
+
+
+def judge(
+    what: RecipeLike | Scored,
+    pairs: Pairs,
+    *,
+    batch: int = 32,
+    progress: Callable[[str], None] | None = None,
+    overrides: Sequence[str] = (),
+    **settings: object,
+) -> Agreement:
+    """How often a reward prefers the sample that people preferred.
+
+    Args:
+        what: a reward, a function of samples, the name of a reward, or a recipe, whose reward is judged.
+        pairs: a .jsonl file, a data set, or a mapping with ``source`` and the names of its columns.
+        batch: pairs scored at once.
+        progress: called with a sentence after every batch.
+        overrides: ``key=value`` of the reward, or dotted ones of the recipe.
+        settings: the same by keyword.
+
+    Returns:
+        The difference of every pair; ``summary()`` has the accuracy with its interval, and counts ties.
+    """
+    chosen, tell = _overrides(overrides, settings), progress or _silent
+    return judge_pairs(what, pairs, chosen, batch, lambda done: tell(f"{done} pairs"))
 
 
 def export(what: str | Path | TrainResult, output: str | Path, *, role: str | None = None) -> Path:

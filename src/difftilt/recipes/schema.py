@@ -63,7 +63,7 @@ class Recipe:
         weights: replaces it by a sum of rewards of the testbed.
         training: of the loop.
         steering: of the call.
-        data: directory of a data set that the method learns from, made by ``difftilt collect``.
+        data: what the method learns from: a directory that ``difftilt collect`` wrote, or preference pairs.
     """
 
     source: str

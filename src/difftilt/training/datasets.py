@@ -58,6 +58,12 @@ def _read(source: str, read: Callable[[str], Any]) -> Any:
     )
 
 
+def is_dataset(path: Path) -> bool:
+    """Whether a path is a folder or a file that :func:`rows_of_dataset` reads."""
+    held = path.is_dir() and (_saved(path) or any(path.rglob("*.parquet")) or any(path.glob("*.jsonl")))
+    return held or path.suffix == ".parquet"
+
+
 def _saved(path: Path) -> bool:
     return any((path / name).is_file() for name in SAVED)
 

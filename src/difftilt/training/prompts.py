@@ -72,7 +72,7 @@ def _listed(place: int, value: object, problems: Problems) -> str:
         problems.add(f"entry {place} is {_short(value)}: a prompt is a text, or a mapping with the text under {TEXT!r}")
         return ""
     found = prompt_of(cast(str | Mapping[str, Any], value))
-    _check(f"entry {place}", found, problems)
+    check_prompt(f"entry {place}", found, problems)
     return found
 
 
@@ -159,7 +159,7 @@ def _of_row(source: PromptSource, where: str, row: Mapping[str, Any], problems: 
     if absent and len(absent) == len(names):
         problems.add(f"{where}: has none of the metadata {', '.join(absent)}, there are {_listing(row)}")
     found = Prompt(text, {name: row.get(name) for name in names})
-    _check(where, found, problems)
+    check_prompt(where, found, problems)
     return found
 
 
@@ -176,7 +176,7 @@ def _not_plain(value: object) -> str | None:
     return None
 
 
-def _check(where: str, prompt: str, problems: Problems) -> None:
+def check_prompt(where: str, prompt: str, problems: Problems) -> None:
     """Note what no file could hold: half of a character, or metadata that JSON has no form for."""
     lone = next((letter for letter in prompt if "\ud800" <= letter <= "\udfff"), None)
     if lone is not None:
