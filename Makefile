@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.stamp
 
-.PHONY: demo test proofs bench docs soak lint format clean
+.PHONY: demo test proofs bench bench-peers docs soak lint format clean
 
 $(STAMP): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,6 +36,15 @@ proofs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+# TRL 0.23.1, in an environment of its own, and the stock pipeline of diffusers beside difftilt: docs/performance.md.
+bench-peers: $(STAMP) .bench/trl/.stamp
+	$(BIN)/python -m benchmarks.peers
+
+.bench/trl/.stamp: benchmarks/peers/trl.txt
+	test -x .bench/trl/bin/python || $(PYTHON) -m venv .bench/trl
+	.bench/trl/bin/python -m pip install --quiet -r benchmarks/peers/trl.txt
+	touch $@
 
 # The pages as a site in build/docs; a broken link is an error.
 docs: $(STAMP)

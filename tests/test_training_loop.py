@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -283,3 +284,22 @@ def test_prompts_come_in_shuffled_passes_and_only_from_the_training_set() -> Non
         drawn += batch.prompt[::3].tolist()
     assert [sorted(drawn[i : i + 3]) for i in range(0, 12, 3)] == [[0, 1, 2]] * 4
     assert len({tuple(drawn[i : i + 3]) for i in range(0, 12, 3)}) > 1
+
+
+@pytest.mark.parametrize("name", ["flow-grpo", "branch-grpo", "diffusion-nft", "crd", "prdp"])
+def test_an_iteration_decodes_its_samples_once_and_lets_them_go(name: str) -> None:
+    """An image decoder costs about as much as a step of the network, and pictures are larger than latents."""
+    task = make_task()
+    rows: list[int] = []
+
+    def decode(latents: Tensor) -> Tensor:
+        rows.append(len(latents))
+        return task.model.decode(latents)
+
+    counted = replace(task, model=replace(task.model, decode=decode))
+    loop = make_loop(make_method(name, counted), counted, iterations=2)
+    with patch.object(loop.updater, "run_phase", wraps=loop.updater.run_phase) as learned:
+        loop.iterate(0)
+    assert rows == [16]
+    assert loop.rows[0]["diversity"] > 0
+    assert all(call.args[1].media is None for call in learned.call_args_list)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from difftilt.sampling.protocol import NoiseSource
 from difftilt.training.base import MethodBase
 from difftilt.training.experience import Experience
 from difftilt.training.loop import Loop
-from difftilt.training.protocol import Loss, Phase, Run, Term
+from difftilt.training.protocol import Loss, Phase, Run, Term, Unit
 from difftilt.trees import Pooled
 from training_runs import (
     METHODS,
@@ -139,7 +139,7 @@ def test_the_gradient_of_a_method_does_not_depend_on_microbatches(name: str) -> 
 
 
 def updates_seen(
-    unit: Literal["edge", "sample", "group"], experience: Experience, forward_batch: int = 64, epochs: int = 1
+    unit: Unit, experience: Experience, forward_batch: int = 64, epochs: int = 1, micro: Unit | None = None
 ) -> tuple[list[list[int]], list[list[int]]]:
     """(edges of each update, edges of each microbatch)."""
     method, loop = regression(forward_batch)
@@ -149,13 +149,13 @@ def updates_seen(
         updates.append(rows.edges.extras["number"].tolist())
         return rows
 
-    phase = method.phase(loop, unit=unit, updates=3, epochs=epochs, before=before)
+    phase = method.phase(loop, unit=unit, micro=micro, updates=3, epochs=epochs, before=before)
     loop.updater.run_phase(phase, experience, NOISE)
     return updates, [piece.tolist() for piece in method.seen]
 
 
 @pytest.mark.parametrize("unit", ["edge", "sample", "group"])
-def test_updates_part_the_edges_exactly_once(unit: Literal["edge", "sample", "group"]) -> None:
+def test_updates_part_the_edges_exactly_once(unit: Unit) -> None:
     updates, pieces = updates_seen(unit, make_experience(), epochs=2)
     assert [len(part) for part in updates] == [12] * 6
     for epoch in (updates[:3], updates[3:]):
@@ -165,21 +165,35 @@ def test_updates_part_the_edges_exactly_once(unit: Literal["edge", "sample", "gr
 
 
 @pytest.mark.parametrize("unit", ["edge", "sample", "group"])
-def test_the_edges_of_an_update_do_not_depend_on_their_order(unit: Literal["edge", "sample", "group"]) -> None:
+def test_the_edges_of_an_update_do_not_depend_on_their_order(unit: Unit) -> None:
     one, _ = updates_seen(unit, make_experience())
     other, _ = updates_seen(unit, shuffled(make_experience()))
     assert [sorted(part) for part in one] == [sorted(part) for part in other]
 
 
 @pytest.mark.parametrize(("unit", "size"), [("sample", 1), ("group", 4)])
-def test_units_stay_whole_in_updates_and_in_microbatches(unit: Literal["sample", "group"], size: int) -> None:
+def test_units_stay_whole_in_updates_and_in_microbatches(unit: Unit, size: int) -> None:
     owner = torch.arange(12).repeat(3) // size
     for forward_batch in (2, 5, 20):
-        updates, pieces = updates_seen(unit, shuffled(make_experience()), forward_batch)
+        updates, pieces = updates_seen(unit, shuffled(make_experience()), forward_batch, micro=unit)
         for parts in (updates, pieces):
             for part in parts:
                 held = set(owner[torch.tensor(part)].tolist())
                 assert len(part) == len(held) * 3 * size
+
+
+def test_the_steps_of_samples_fill_the_calls_of_the_network() -> None:
+    updates, pieces = updates_seen("sample", make_experience(), 5)
+    assert [len(part) for part in updates] == [12] * 3
+    assert [len(piece) for piece in pieces] == [5, 5, 2] * 3
+
+
+def test_a_guided_loss_fills_a_call_of_the_network_with_half_as_many_rows() -> None:
+    for guidance, sizes in ((1.0, [8, 4]), (3.0, [4, 4, 4])):
+        method, loop = regression(8)
+        loop.run.task = replace(loop.run.task, sampler=replace(loop.run.task.sampler, guidance=guidance))
+        loop.updater.run_phase(method.phase(loop, updates=3, unit="sample", guided=True), make_experience(), NOISE)
+        assert [len(piece) for piece in method.seen] == sizes * 3
 
 
 class OneKey(Noise):
@@ -193,7 +207,7 @@ class OneKey(Noise):
 
 
 @pytest.mark.parametrize("unit", ["edge", "sample", "group"])
-def test_units_that_draw_one_key_are_told_apart(unit: Literal["edge", "sample", "group"]) -> None:
+def test_units_that_draw_one_key_are_told_apart(unit: Unit) -> None:
     method, loop = regression()
     phase = method.phase(loop, unit=unit, updates=3)
     loop.updater.run_phase(phase, make_experience(), OneKey(0))

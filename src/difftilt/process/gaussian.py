@@ -6,6 +6,7 @@ their derivatives with respect to t. Coefficients are computed in the dtype of t
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Self, cast
 
 import torch
@@ -49,6 +50,14 @@ class GaussianProcess:
     def sigma_dot(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         """D sigma / dt."""
         raise NotImplementedError
+
+    def scales(self, t: Float[Tensor, " batch"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """Signal and noise scale together."""
+        return self.alpha(t), self.sigma(t)
+
+    def rates(self, t: Float[Tensor, " batch"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """Their derivatives with respect to t."""
+        return self.alpha_dot(t), self.sigma_dot(t)
 
     def prior(self, noise: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
         """x_1 = sigma(1)·noise: the law of pure noise, without the trace of data that a finite schedule leaves."""
@@ -202,18 +211,27 @@ class VariancePreserving(GaussianProcess):
         slope = knots[left + 1] - knots[left]
         return knots[left] + slope * (place - left), slope * self.steps
 
+    def scales(self, t: Float[Tensor, " batch"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        level, _ = self.log_abar(t)  # looked up once for both
+        return (0.5 * level).exp(), (-torch.expm1(level)).clamp(min=0).sqrt()
+
+    def rates(self, t: Float[Tensor, " batch"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        (alpha, sigma), (_, slope) = self.scales(t), self.log_abar(t)
+        alpha_dot = 0.5 * alpha * slope
+        # sigma² = 1 - alpha², hence sigma·sigma_dot = -alpha·alpha_dot
+        return alpha_dot, -alpha * alpha_dot / sigma
+
     def alpha(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        return (0.5 * self.log_abar(t)[0]).exp()
+        return self.scales(t)[0]
 
     def sigma(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        return (-torch.expm1(self.log_abar(t)[0])).clamp(min=0).sqrt()
+        return self.scales(t)[1]
 
     def alpha_dot(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        return 0.5 * self.alpha(t) * self.log_abar(t)[1]
+        return self.rates(t)[0]
 
     def sigma_dot(self, t: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        # sigma² = 1 - alpha², hence sigma·sigma_dot = -alpha·alpha_dot
-        return -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
+        return self.rates(t)[1]
 
 
 def linear_schedule(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> VariancePreserving:
@@ -251,29 +269,33 @@ class GaussianPrediction(Batched):
     x_t: Float[Tensor, "batch *shape"]
     t: Float[Tensor, " batch"]
 
+    @cached_property
     def _scales(self) -> tuple[Tensor, Tensor]:
-        return expand(self.process.alpha(self.t), self.x_t), expand(self.process.sigma(self.t), self.x_t)
+        alpha, sigma = self.process.scales(self.t)
+        return expand(alpha, self.x_t), expand(sigma, self.x_t)
 
+    @cached_property
     def _rates(self) -> tuple[Tensor, Tensor]:
-        return expand(self.process.alpha_dot(self.t), self.x_t), expand(self.process.sigma_dot(self.t), self.x_t)
+        alpha_dot, sigma_dot = self.process.rates(self.t)
+        return expand(alpha_dot, self.x_t), expand(sigma_dot, self.x_t)
 
     @property
     def x0(self) -> Float[Tensor, "batch *shape"]:
         """E[x_0 | x_t]."""
-        alpha, sigma = self._scales()
+        alpha, sigma = self._scales
         if self.kind == "x0":
             return self.output
         if self.kind == "v":
             return (alpha * self.x_t - sigma * self.output) / (alpha**2 + sigma**2)
         if self.kind == "velocity":
-            alpha_dot, sigma_dot = self._rates()
+            alpha_dot, sigma_dot = self._rates
             return (sigma_dot * self.x_t - sigma * self.output) / (alpha * sigma_dot - sigma * alpha_dot)
         return (self.x_t - sigma * self.epsilon) / alpha
 
     @property
     def epsilon(self) -> Float[Tensor, "batch *shape"]:
         """E[eps | x_t]."""
-        alpha, sigma = self._scales()
+        alpha, sigma = self._scales
         if self.kind == "epsilon":
             return self.output
         if self.kind == "score":
@@ -281,7 +303,7 @@ class GaussianPrediction(Batched):
         if self.kind == "v":
             return (sigma * self.x_t + alpha * self.output) / (alpha**2 + sigma**2)
         if self.kind == "velocity":
-            alpha_dot, sigma_dot = self._rates()
+            alpha_dot, sigma_dot = self._rates
             return (alpha * self.output - alpha_dot * self.x_t) / (alpha * sigma_dot - sigma * alpha_dot)
         return (self.x_t - alpha * self.output) / sigma
 
@@ -290,7 +312,7 @@ class GaussianPrediction(Batched):
         """alpha_dot·x0 + sigma_dot·epsilon: the probability-flow ODE is dx/dt = velocity."""
         if self.kind == "velocity":
             return self.output
-        alpha_dot, sigma_dot = self._rates()
+        alpha_dot, sigma_dot = self._rates
         return alpha_dot * self.x0 + sigma_dot * self.epsilon
 
     @property
@@ -298,7 +320,7 @@ class GaussianPrediction(Batched):
         """alpha·epsilon - sigma·x0 (Salimans and Ho 2022)."""
         if self.kind == "v":
             return self.output
-        alpha, sigma = self._scales()
+        alpha, sigma = self._scales
         return alpha * self.epsilon - sigma * self.x0
 
     @property
@@ -306,7 +328,7 @@ class GaussianPrediction(Batched):
         """Gradient of log p_t(x_t): -epsilon/sigma."""
         if self.kind == "score":
             return self.output
-        return -self.epsilon / self._scales()[1]
+        return -self.epsilon / self._scales[1]
 
     def as_kind(self, kind: PredictionKind) -> Float[Tensor, "batch *shape"]:
         """The prediction under the named parametrisation."""
@@ -321,7 +343,7 @@ class GaussianPrediction(Batched):
         finite where alpha is 0, as the conversion from epsilon to x0.
         """
         # conversions are linear in (x_t, output): what the output moves by is the conversion of what epsilon moves by
-        moved = -self._scales()[1] * gradient
+        moved = -self._scales[1] * gradient
         difference = GaussianPrediction(self.process, moved, "epsilon", torch.zeros_like(self.x_t), self.t)
         return replace(self, output=self.output + difference.as_kind(self.kind))
 
@@ -338,6 +360,6 @@ def as_gaussian(prediction: object) -> GaussianPrediction:
     Raises:
         TypeError: for the prediction of another process, e.g. tokens handed to a continuous kernel.
     """
-    if not hasattr(prediction, "velocity"):
+    if not hasattr(type(prediction), "velocity"):  # of the object it would be computed
         raise TypeError(f"this kernel needs a Gaussian process; it was given a {type(prediction).__name__}")
     return cast(GaussianPrediction, prediction)

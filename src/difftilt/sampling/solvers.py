@@ -47,9 +47,8 @@ def _evaluate(denoise: Denoiser, x: Tensor, t: Times, condition: Condition) -> G
 
 def _increment(prediction: GaussianPrediction, process: GaussianProcess, t: Times, s: Times) -> Tensor:
     """x0·(alpha_s - alpha_t) + epsilon·(sigma_s - sigma_t)."""
-    x0 = prediction.x0
-    by_data = expand(process.alpha(s) - process.alpha(t), x0) * x0
-    return by_data + expand(process.sigma(s) - process.sigma(t), x0) * prediction.epsilon
+    x0, (alpha_s, sigma_s), (alpha_t, sigma_t) = prediction.x0, process.scales(s), process.scales(t)
+    return expand(alpha_s - alpha_t, x0) * x0 + expand(sigma_s - sigma_t, x0) * prediction.epsilon
 
 
 @dataclass(frozen=True)

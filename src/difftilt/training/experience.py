@@ -77,7 +77,7 @@ class Experience:
         weight: importance of each sample; None means 1.
         pair: row of the other member of a preference pair, or -1.
         label: method's own target in [0, 1] or {-1, +1} (an optimality probability, membership of D+ or D-).
-        media: decoded samples, kept only when asked for.
+        media: decoded samples; the loop looks at them when they have been collected, and lets them go.
         value, terminated, truncated: environment steps only.
         extras: further trees per sample (tensors, conditions), indexed and saved with the rest.
 
@@ -147,8 +147,18 @@ class Experience:
         return {name: stored for name, stored in vars(self).items() if name != "edges"}
 
 
-def scored_experience(batch: PromptBatch, x_0: Tensor, edges: Edges, scores: Scores | None) -> Experience:
-    """The record of finished samples, not yet credited; None where the reward has no number for a single sample."""
+def scored_experience(
+    batch: PromptBatch, x_0: Tensor, edges: Edges, scores: Scores | None, media: Tensor | None = None
+) -> Experience:
+    """The record of finished samples, not yet credited.
+
+    Args:
+        batch: what they were drawn for.
+        x_0: the samples.
+        edges: what a loss sums over.
+        scores: None where the reward has no number for a single sample.
+        media: the samples as they were scored, so that the loop need not decode them again.
+    """
     return Experience(
         index=batch.index,
         group=batch.group,
@@ -158,6 +168,7 @@ def scored_experience(batch: PromptBatch, x_0: Tensor, edges: Edges, scores: Sco
         rewards=None if scores is None else scores.total,
         components={} if scores is None else scores.components,
         edges=edges,
+        media=media,
     )
 
 

@@ -154,6 +154,7 @@ def distilling(config: Distillation, run: Run, preset: Preset, guided: Guided) -
         updates=config.updates,
         select=partial(_defined, config, run),
         when=lambda iteration: iteration >= config.first,
+        guided=True,
     )
 
 

@@ -87,6 +87,8 @@ class Loop:
         with torch.no_grad():
             experience = self.method.collect(run)
         collected, scored = time.perf_counter(), run.reward_seconds
+        diversity = _diversity(run, experience)
+        experience = replace(experience, media=None)  # not to be kept while the networks learn
         learned: Row = {}
         for place, phase in enumerate(self.method.phases(run)):
             if phase.when(iteration):
@@ -96,7 +98,7 @@ class Loop:
         run.observe(experience.components)
         ended = time.perf_counter()
         row: Row = {"iteration": iteration, **_reward_row(run, experience), **learned}
-        row |= _drift_row(run, self.method.evaluated_role, experience)
+        row |= _drift_row(run, self.method.evaluated_role, experience) | diversity
         spent = asdict(run.ledger - before)
         row |= dict(zip(spent, run.world.total(torch.tensor([*spent.values()])).tolist(), strict=True))
         row["time/reward"] = run.reward_seconds
@@ -298,10 +300,16 @@ def _reward_row(run: LoopRun, experience: Experience) -> Row:
 
 
 def _drift_row(run: LoopRun, role: str, experience: Experience) -> Row:
-    """Drift and diversity of this iteration's own samples."""
+    """Drift, measured at this iteration's own samples."""
+    if experience.x_0 is None:
+        return {}
+    return {"kl_reference": quick_drift(run, role, experience.x_0, experience.condition, experience.index)}
+
+
+def _diversity(run: LoopRun, experience: Experience) -> Row:
+    """Diversity of this iteration's own samples."""
     if experience.x_0 is None:
         return {}
     with torch.no_grad():
         media = run.task.model.decode(experience.x_0) if experience.media is None else experience.media
-        drift = quick_drift(run, role, experience.x_0, experience.condition, experience.index)
-    return {"kl_reference": drift, "diversity": diversity_of(run, media, experience.group)}
+        return {"diversity": diversity_of(run, media, experience.group)}

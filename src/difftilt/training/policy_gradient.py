@@ -133,7 +133,7 @@ class PolicyGradient(MethodBase, Generic[AnyConfig]):
 
     def phases(self, run: Run) -> Sequence[Phase]:
         """The surrogate with its KL, on whole samples."""
-        return [Phase("current", partial(self._loss, run), unit="sample", updates=self.config.updates)]
+        return [Phase("current", partial(self._loss, run), unit="sample", updates=self.config.updates, guided=True)]
 
     def _loss(self, run: Run, rows: Experience, noise: NoiseSource) -> Loss:
         return surrogate_loss(self.config, self.preset, run, rows)

@@ -87,6 +87,10 @@ class Loss:
     metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
+Unit = Literal["edge", "sample", "group", "level"]
+"""A row, the rows of a sample, of a group, or of a group at one step."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """One optimiser's turn in an iteration.
@@ -96,8 +100,10 @@ class Phase:
         loss: (rows, noise) -> loss. ``rows`` come from :meth:`Experience.rows`; ``noise`` is new in each epoch.
         unit: what stays together when the experience is shuffled and split, microbatches included. ``level`` keeps a
             group together in an update, but only its rows of one step together in a microbatch.
-        micro: what stays together in a microbatch, where that is less than ``unit``; None is ``unit``. Losses of whole
-            groups that are linear in their rows once ``before`` has seen them (``training.two_pass``) take ``edge``.
+        micro: what stays together in a microbatch. None is ``unit``, but of samples nothing: one whose steps leave
+            a call of the network half empty costs as much as a full one. Losses of groups that are linear in their rows
+            once ``before`` has seen them (``training.two_pass``) take ``edge``; a loss that compares the steps of a
+            sample takes ``sample``.
         updates: optimiser steps per epoch, over disjoint parts of the experience. Methods whose roles alternate use 1.
         epochs: passes over the experience in one iteration.
         select: experience -> edges that this phase trains on; None is all that are not masked.
@@ -110,12 +116,14 @@ class Phase:
         after: told the means of the metrics of every update, when the weights have moved (a reference that follows).
         one_state: the rows of a unit share their state, and the loss evaluates the network once for them: a microbatch
             holds so many units as it otherwise holds rows.
+        guided: the loss evaluates the network with the guidance of the task, which may take two rows for each of its
+            own: half as many then fill a call, and more would only keep more activations.
     """
 
     role: str | tuple[str, ...]
     loss: "Callable[[Experience, NoiseSource], Loss]"
-    unit: Literal["edge", "sample", "group", "level"] = "edge"
-    micro: Literal["edge", "sample", "group", "level"] | None = None
+    unit: Unit = "edge"
+    micro: Unit | None = None
     updates: int = 1
     epochs: int = 1
     select: Callable[[Experience], Tensor] | None = None
@@ -125,6 +133,12 @@ class Phase:
     part: Callable[[Experience], Tensor] | None = None
     after: Callable[[Mapping[str, float]], None] | None = None
     one_state: bool = False
+    guided: bool = False
+
+    @property
+    def together(self) -> Unit:
+        """What stays together in a microbatch."""
+        return self.micro or ("edge" if self.unit == "sample" else self.unit)
 
 
 class Run(Protocol):

@@ -128,7 +128,7 @@ class Updater:
             parameter.grad = None
         sums = Sums(total)
         weighted = False
-        for micro in _microbatches(rows, phase, self.run.forward_batch):
+        for micro in _microbatches(rows, phase, self._fill(phase)):
             loss = phase.loss(micro, noise)
             self._check(loss, phase, len(micro.edges.step))
             weighted |= any(term.weight != 0 for term in loss.terms.values())
@@ -147,6 +147,11 @@ class Updater:
             del metrics["ratio"]
         self.fresh &= "current" not in roles
         return metrics
+
+    def _fill(self, phase: Phase) -> int:
+        """Rows of the loss that fill a call of the network."""
+        doubled = phase.guided and self.run.task.sampler.guidance not in (0, 1)
+        return self.run.forward_batch // 2 if doubled else self.run.forward_batch
 
     def _reduce(self, sums: Sums) -> None:
         """Add up the sums of all processes, in one message."""
@@ -250,7 +255,7 @@ def _pieces(rows: Experience, phase: Phase, size: int) -> Sequence[Int[Tensor, "
     count = len(rows.edges.step)
     if count == 0:
         return ()
-    if (phase.micro or phase.unit) == "edge":
+    if phase.together == "edge":
         return torch.arange(count, device=rows.index.device).split(size)
     unit = _unit(rows, phase)
     order = unit.argsort(stable=True)
@@ -261,7 +266,7 @@ def _pieces(rows: Experience, phase: Phase, size: int) -> Sequence[Int[Tensor, "
 
 def _unit(rows: Experience, phase: Phase) -> Int[Tensor, " rows"]:
     """The label of what each row may not be parted from."""
-    match phase.micro or phase.unit:
+    match phase.together:
         case "group":
             return rows.group
         case "level":

@@ -131,9 +131,9 @@ class CRD(ForwardProcess[Config]):
         """Draw groups from ``sampling``; all samples are trained at the same times."""
         config = self.config
         batch = run.prompts(config.groups, config.group_size)
-        x_0, _, scores = drawn(run, batch, partial(self.finished, run))
+        x_0, samples, scores = drawn(run, batch, partial(self.finished, run))
         edges = stratified_levels(run.noise, self.grid, config.timestep_fraction, config.draws, batch.index)
-        experience = scored_experience(batch, x_0, edges, scores)
+        experience = scored_experience(batch, x_0, edges, scores, samples.media)
         credit = partial(group_advantage, std=config.advantage_std, eps=1e-6)
         assert experience.rewards is not None
         advantage: Tensor = run.jointly(credit, experience.rewards, experience.group)

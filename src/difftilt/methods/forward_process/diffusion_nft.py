@@ -113,7 +113,7 @@ class DiffusionNFT(ForwardProcess[Config]):
         x_0, samples, scores = drawn(run, batch, partial(self.finished, run))
         # every sample has its own times: a random subset of the solver's
         edges = random_levels(run.noise, self.grid, config.timestep_fraction, batch.index)
-        return self.credited(run, scored_experience(batch, x_0, edges, scores), samples)
+        return self.credited(run, scored_experience(batch, x_0, edges, scores, samples.media), samples)
 
     def credited(self, run: Run, experience: Experience, samples: Samples) -> Experience:
         """The record with the label of each sample, from its reward against those of its group."""

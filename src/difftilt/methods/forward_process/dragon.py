@@ -127,10 +127,12 @@ class Dragon(ForwardProcess[Config]):
         config = self.config
         batch = run.prompts(config.groups, config.group_size)
         x_0 = self.finished(run, batch)
-        rewarded = self._rewarded(run, run.samples(x_0, batch))
+        samples = run.samples(x_0, batch)
+        rewarded = self._rewarded(run, samples)
         order = run.noise.uniform(batch.index, (1 + config.sweeps,), purpose="swap")
         found: Partition = run.jointly(self._search, rewarded.features, batch.group, order)
-        record = scored_experience(batch, x_0, self._levels(run, batch, found), self._scores(run, rewarded, found))
+        levels, scores = self._levels(run, batch, found), self._scores(run, rewarded, found)
+        record = scored_experience(batch, x_0, levels, scores, samples.media)
         return replace(record, label=found.label, pair=partners(batch.group) if config.paired else None)
 
     def _rewarded(self, run: Run, samples: Samples) -> Rewarded:

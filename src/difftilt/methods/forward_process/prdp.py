@@ -121,8 +121,8 @@ class PRDP(MethodBase):
     def collect(self, run: Run) -> Experience:
         """Chains with their rewards, and the log-probability of every step under the sampling and reference weights."""
         batch = run.prompts(self.config.groups, self.config.group_size)
-        trajectory, _, scores = rolled(run, batch, partial(self._roll, run))
-        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, scores)
+        trajectory, samples, scores = rolled(run, batch, partial(self._roll, run))
+        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, scores, samples.media)
         edges = experience.edges
         reference = edges.log_prob
         if not run.roles.same("current", "reference"):
@@ -166,7 +166,7 @@ class PRDP(MethodBase):
         """One: the regression, on whole groups, a row at a time."""
         before = partial(with_slopes, run, partial(self.log_prob, run, "current"), partial(self.share, run))
         settings = self.config
-        phase = Phase("current", partial(self._loss, run), unit="group", micro="edge", before=before)
+        phase = Phase("current", partial(self._loss, run), unit="group", micro="edge", before=before, guided=True)
         return [replace(phase, updates=settings.updates, epochs=settings.epochs)]
 
     def share(self, run: Run, log_prob: Float[Tensor, " rows"], rows: Experience) -> Float[Tensor, ""]:

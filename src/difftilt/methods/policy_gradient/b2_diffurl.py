@@ -128,8 +128,8 @@ class B2DiffuRL(PolicyGradient[Config]):
     def collect(self, run: Run) -> Experience:
         """Sample the stage, normalise per prompt, keep the best and the worst of each group."""
         batch = run.prompts(self.config.groups, self.config.group_size)
-        path, _, scores = rolled(run, batch, partial(self.roll, run))
-        experience = scored_experience(batch, path.x_0, path.edges, scores)
+        path, samples, scores = rolled(run, batch, partial(self.roll, run))
+        experience = scored_experience(batch, path.x_0, path.edges, scores, samples.media)
         assert experience.rewards is not None
         z: Tensor = run.jointly(partial(self._scores, run.iteration), experience.rewards, batch.prompt)
         chosen = contrast(z, batch.group, self.config.threshold_best, self.config.threshold_worst)

@@ -146,7 +146,8 @@ class BranchGRPO(PolicyGradient[Config]):
         """Grow, score the leaves, fuse, compare, prune. A tree lives in one process, and so do its statistics."""
         batch = run.prompts(self.config.groups, self.config.group_size)
         tree, density = self.grow(run, batch)
-        experience = scored_experience(batch, tree.x_0, tree.edges, run.score(run.samples(tree.x_0, batch)))
+        samples = run.samples(tree.x_0, batch)
+        experience = scored_experience(batch, tree.x_0, tree.edges, run.score(samples), samples.media)
         edges = experience.edges
         assert experience.rewards is not None
         assert edges.parent is not None

@@ -131,9 +131,8 @@ class Euphonium(ChainPolicyGradient[Config]):
         batch = run.prompts(self.config.groups, self.config.group_size)
         guide = guide_of(self.config, self.guided, run, batch)
         trajectory = self.roll(run, batch, guide=guide)
-        experience = scored_experience(
-            batch, trajectory.x_0, trajectory.edges, run.score(run.samples(trajectory.x_0, batch))
-        )
+        samples = run.samples(trajectory.x_0, batch)
+        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, run.score(samples), samples.media)
         scores = None if self.config.credit == "outcome" else self._process_scores(run, trajectory, guide)
         return self._credited(run, experience, scores)
 

@@ -78,8 +78,8 @@ class FlowGRPO(ChainPolicyGradient[Config]):
     def collect(self, run: Run) -> Experience:
         """Roll out groups, score, compare; the trained steps become edges with their sample's advantage."""
         batch = run.prompts(self.config.groups, self.config.group_size)
-        trajectory, _, scores = rolled(run, batch, partial(self.finished, run))
-        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, scores)
+        trajectory, samples, scores = rolled(run, batch, partial(self.finished, run))
+        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, scores, samples.media)
         advantage = self.advantages(run, experience)
         mask = self._trained(run, experience, advantage)
         edges = replace(experience.edges, advantage=broadcast(advantage, experience.edges.sample), mask=mask)

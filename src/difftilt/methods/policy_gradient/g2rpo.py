@@ -172,7 +172,7 @@ class G2RPO(PolicyGradient[Config]):
         """One update for each trained step in order of time; the network sees the state of a group once."""
         updates = len(self.trained) * self.config.updates
         loss = partial(self._loss, run)
-        return [Phase("current", loss, unit="group", updates=updates, part=self._part, one_state=True)]
+        return [Phase("current", loss, unit="group", updates=updates, part=self._part, one_state=True, guided=True)]
 
     def _part(self, experience: Experience) -> Int[Tensor, " edges"]:
         group, count = experience.group[experience.edges.sample], len(self.trained)

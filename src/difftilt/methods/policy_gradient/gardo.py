@@ -75,7 +75,7 @@ class GatedChain(ChainPolicyGradient[Config]):
         """Roll out groups, score, credit; edges carry the advantage and the gate of their sample."""
         batch = run.prompts(self.config.groups, self.config.group_size)
         trajectory, samples, scores = rolled(run, batch, partial(self.roll, run))
-        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, scores)
+        experience = scored_experience(batch, trajectory.x_0, trajectory.edges, scores, samples.media)
         credit = self.gating.credit(run, experience, samples)
         # a sample that teaches nothing is still pulled back where it is held
         counts = credit.advantage != 0 if credit.held is None else (credit.advantage != 0) | credit.held

@@ -50,10 +50,19 @@ class Backbone(nn.Module):
         self, x_t: Float[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch *shape"]:
         told = self.schedule.clock(t)
-        # some networks keep a few weights in float32: their own word is better than the first weight's
-        dtype = getattr(self.network, "dtype", None) or next(self.network.parameters()).dtype
-        output = self.call(x_t.to(dtype), told, condition)
+        output = self.call(x_t.to(self._speaker[0].dtype), told, condition)
         return output if self.schedule.mixing is None else self._mixed(output, x_t, t, told)
+
+    @cached_property
+    def _speaker(self) -> tuple[nn.Parameter]:
+        """A weight that has the network's precision, whatever that becomes later; in a tuple, not to be registered.
+
+        Some networks keep a few weights in float32: their own word, which takes a walk over all weights, is better than
+        the first weight's.
+        """
+        weights = list(self.network.parameters())
+        dtype = getattr(self.network, "dtype", None) or weights[0].dtype
+        return (next(weight for weight in weights if weight.dtype == dtype),)
 
     def call(self, x: Tensor, timestep: Float[Tensor, " batch"], condition: Mapping[str, Tensor]) -> Tensor:
         """The raw output, from what the network itself takes."""
