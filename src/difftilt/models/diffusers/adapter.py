@@ -13,14 +13,16 @@ from typing import Any, ClassVar, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from difftilt.errors import UserError
 from difftilt.models.denoiser import device_of
+from difftilt.models.diffusers.known import known_pixels
 from difftilt.models.diffusers.options import PipelineOptions
 from difftilt.models.diffusers.schedules import Schedule, dynamic_shift, replaced, schedule_of
 from difftilt.models.diffusers.texts import EncodedTexts, Rows, cache_folder, identity_of
 from difftilt.models.lora import save_peft
-from difftilt.models.protocol import GenerativeModel, Weights
+from difftilt.models.protocol import GenerativeModel, Stateful, Weights
 from difftilt.process.gaussian import expand
 from difftilt.process.protocol import Condition
 
@@ -49,8 +51,11 @@ class Backbone(nn.Module):
     def forward(
         self, x_t: Float[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch *shape"]:
-        told = self.schedule.clock(t)
-        output = self.call(x_t.to(self._speaker[0].dtype), told, condition)
+        told, seen = self.schedule.clock(t), x_t
+        if isinstance(condition, Stateful):  # known pixels, which both branches of guidance see
+            seen = torch.cat([x_t, *(known.to(x_t) for known in condition.state.values())], 1)
+            condition = condition.condition
+        output = self.call(seen.to(self._speaker[0].dtype), told, condition)
         return output if self.schedule.mixing is None else self._mixed(output, x_t, t, told)
 
     @cached_property
@@ -90,6 +95,8 @@ class Adapter:
 
     pipelines: ClassVar[tuple[str, ...]]
     """Classes of ``diffusers`` that the family serves."""
+    inpainting: ClassVar[tuple[str, ...]] = ()
+    """Those of them whose network is told of known pixels beside the prompt."""
     backbone: ClassVar[type[Backbone]]
     """How the network is called."""
     denoisers: ClassVar[tuple[str, ...]] = ("transformer",)
@@ -108,6 +115,7 @@ class Adapter:
             if component is not None:
                 component.requires_grad_(False).eval()
         self._prepare_vae()
+        _ = self.inpaints
         self.texts = EncodedTexts(
             self._encode_on, cache(self._identity), cache_folder(options.cache), options.text_batch
         )
@@ -174,7 +182,7 @@ class Adapter:
             process=self.schedule.process,
             output=self.schedule.output,
             shape=self.shape(),
-            encode=self.encode,
+            encode=self.conditions,
             decode=self.decode,
             null_condition=None if self.distilled else self.null_condition,
             export=self.export,
@@ -209,8 +217,8 @@ class Adapter:
     def shape(self) -> tuple[int, ...]:
         """Of one latent: (channel, height, width)."""
         height, width = self.size
-        factor = self.pipe.vae_scale_factor
-        return (self._component(self.denoisers[0]).config.in_channels, height // factor, width // factor)
+        factor, config = self.pipe.vae_scale_factor, self._component(self.denoisers[0]).config
+        return (config.out_channels or config.in_channels, height // factor, width // factor)
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -228,8 +236,9 @@ class Adapter:
 
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels that the pipeline samples by itself."""
-        side: int = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return side, side
+        side = self._component(self.denoisers[0]).config.get("sample_size") or self.pipe.default_sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
     def multiple(self) -> int:
         """What height and width must be multiples of."""
@@ -243,8 +252,45 @@ class Adapter:
         """Inverse of :meth:`packed`."""
         return latents
 
+    def conditions(self, prompts: Sequence[str]) -> Condition:
+        """Condition of each prompt, on the CPU: the text, and for inpainting the known pixels of its image."""
+        rows = self.encode(prompts)
+        if not self.inpaints:
+            return rows
+        known: list[Tensor] = []
+        for start in range(0, len(prompts), self.options.text_batch):
+            some = prompts[start : start + self.options.text_batch]
+            known.append(self.told(*known_pixels(self.pipe, self._latents_on, some, self.size)))
+        return Stateful(rows, {"known": torch.cat(known)})
+
+    @cached_property
+    def inpaints(self) -> bool:
+        """Whether the network is told of known pixels.
+
+        Raises:
+            UserError: for an inpainting pipeline whose network cannot see them.
+        """
+        name = type(self.pipe).__name__
+        if name not in self.inpainting:
+            return False
+        config = self._component(self.denoisers[0]).config
+        if config.in_channels == (config.out_channels or config.in_channels):
+            raise UserError(
+                f"{name} with a network of {config.in_channels} input channels, which does not see the mask: load a "
+                "model that was trained for inpainting, or use its text-to-image pipeline"
+            )
+        return True
+
+    def _latents_on(self, media: Tensor) -> Tensor:
+        """:meth:`latents`, computed on the device of the network."""
+        return self.latents(media.to(device_of(self.network))).cpu()
+
+    def told(self, masks: Float[Tensor, "batch 1 height width"], latents: Float[Tensor, "batch *shape"]) -> Tensor:
+        """Masks in pixels, and the latents of what is known, as channels beside those of the state."""
+        return torch.cat([functional.interpolate(masks, size=latents.shape[-2:]), latents], dim=1)
+
     def encode(self, prompts: Sequence[str]) -> Rows:
-        """Condition of each prompt, on the CPU."""
+        """Condition of each prompt without its image, on the CPU."""
         return self.texts(prompts)
 
     def null_condition(self, rows: int) -> Rows:

@@ -35,16 +35,12 @@ class UNet(Backbone):
 
 
 class StableDiffusion(Adapter):
-    """``StableDiffusionPipeline``, also distilled to few steps; the safety checker of the pipeline is not asked."""
+    """``StableDiffusionPipeline``, distilled to few steps or trained for inpainting too; no safety checker is asked."""
 
-    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionInpaintPipeline")
+    inpainting = ("StableDiffusionInpaintPipeline",)
     backbone = UNet
     denoisers = ("unet",)
-
-    def default_size(self) -> tuple[int, int]:
-        side = self.pipe.unet.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
     @property
     def distilled(self) -> bool:

@@ -32,7 +32,8 @@ class SizedUNet(Backbone):
 class StableDiffusionXL(Adapter):
     """``StableDiffusionXLPipeline``, uncropped and at its target size; no watermark is drawn."""
 
-    pipelines = ("StableDiffusionXLPipeline",)
+    pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
+    inpainting = ("StableDiffusionXLInpaintPipeline",)
     backbone = SizedUNet
     denoisers = ("unet",)
     encoders = ("text_encoder", "text_encoder_2")
