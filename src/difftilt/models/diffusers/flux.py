@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from difftilt.card import Card
-from difftilt.models.diffusers.adapter import Adapter, Backbone
+from difftilt.models.diffusers.adapter import Adapter
+from difftilt.models.diffusers.backbone import Backbone
 from difftilt.models.diffusers.texts import Rows
 
 CARD = Card(

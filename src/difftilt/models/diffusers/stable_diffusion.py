@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from difftilt.card import Card
-from difftilt.models.diffusers.adapter import Adapter, Backbone
+from difftilt.models.diffusers.adapter import Adapter
+from difftilt.models.diffusers.backbone import Backbone
 from difftilt.models.diffusers.texts import Rows
 
 CARD = Card(
@@ -22,6 +23,9 @@ CARD = Card(
 
 class UNet(Backbone):
     """The UNet, with the text as the keys of its cross-attention."""
+
+    def read(self, condition: Mapping[str, Tensor]) -> Rows:
+        return {"text": self.readers["text_encoder"](condition["text_encoder"])[0]}
 
     def call(self, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         told = condition.get("guidance")
