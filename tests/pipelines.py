@@ -136,6 +136,23 @@ def stable_diffusion(scheduler: Any = None) -> Any:
     )
 
 
+def stable_diffusion_inpaint(channels: int = 9) -> Any:
+    torch.manual_seed(0)
+    return quiet(
+        made(
+            "StableDiffusionInpaintPipeline",
+            vae=image_vae(4, scaling_factor=0.18215),
+            text_encoder=made("CLIPTextModel", clip_config()).eval(),
+            tokenizer=clip_tokenizer(),
+            unet=unet(in_channels=channels),
+            scheduler=ddim(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    )
+
+
 def flow(**settings: Any) -> Any:
     return made("FlowMatchEulerDiscreteScheduler", **settings)
 
@@ -189,18 +206,18 @@ def latent_consistency(**scheduler: Any) -> Any:
     )
 
 
-def stable_diffusion_xl(scheduler: Any = None, zeros: bool = True, **vae: Any) -> Any:
+def stable_diffusion_xl(scheduler: Any = None, zeros: bool = True, inpaint: bool = False, **vae: Any) -> Any:
     torch.manual_seed(0)
     sized = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "cross_attention_dim": 32}
     return quiet(
         made(
-            "StableDiffusionXLPipeline",
+            "StableDiffusionXLInpaintPipeline" if inpaint else "StableDiffusionXLPipeline",
             vae=image_vae(4, scaling_factor=0.13025, **vae),
             text_encoder=made("CLIPTextModel", clip_config()).eval(),
             text_encoder_2=made("CLIPTextModelWithProjection", clip_config()).eval(),
             tokenizer=clip_tokenizer(),
             tokenizer_2=clip_tokenizer(),
-            unet=unet(projection_class_embeddings_input_dim=6 * 4 + 16, **sized),
+            unet=unet(projection_class_embeddings_input_dim=6 * 4 + 16, in_channels=9 if inpaint else 4, **sized),
             scheduler=ddim() if scheduler is None else scheduler,
             force_zeros_for_empty_prompt=zeros,
             add_watermarker=False,
@@ -208,12 +225,13 @@ def stable_diffusion_xl(scheduler: Any = None, zeros: bool = True, **vae: Any) -
     )
 
 
-def flux(told: bool = True, **scheduler: Any) -> Any:
+def flux(told: bool = True, fill: bool = False, **scheduler: Any) -> Any:
     torch.manual_seed(0)
     transformer = made(
         "FluxTransformer2DModel",
         patch_size=1,
-        in_channels=16,
+        in_channels=16 * 2 + 4 * 4 if fill else 16,  # the decoder's 2×2 pixels of the mask at every place of a latent
+        out_channels=16 if fill else None,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -225,7 +243,7 @@ def flux(told: bool = True, **scheduler: Any) -> Any:
     ).eval()
     return quiet(
         made(
-            "FluxPipeline",
+            "FluxFillPipeline" if fill else "FluxPipeline",
             transformer=transformer,
             scheduler=flow(**({"use_dynamic_shifting": True} | scheduler)),
             vae=image_vae(4, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),

@@ -411,7 +411,7 @@ def test_an_unknown_family_says_which_are_known_and_how_to_write_one(monkeypatch
     pipe = made("StableDiffusionImg2ImgPipeline", **parts, requires_safety_checker=False)
     with pytest.raises(UserError, match="no adapter serves StableDiffusionImg2ImgPipeline") as error:
         adapt(pipe)
-    assert "StableDiffusion3Pipeline, StableDiffusionPipeline" in str(error.value)
+    assert "StableDiffusion3Pipeline, StableDiffusionInpaintPipeline" in str(error.value)
     assert "class MyFamily(Adapter):" in str(error.value)
     named = PipelineOptions(adapter="difftilt.models.diffusers.stable_diffusion:StableDiffusion", steps=2)
     assert adapt(pipe, named).network.network is pipe.unet

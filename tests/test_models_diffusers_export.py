@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def brightness(samples: Samples) -> Tensor:
     return samples.media.mean((1, 2, 3))
 
 
-def trained(pipe: Any, output: Path, **settings: Any) -> TrainResult:
+def trained(pipe: Any, output: Path, pipeline: Mapping[str, Any] | None = None, **settings: Any) -> TrainResult:
     settings = {"method.groups": 1, "method.group_size": 4, "training.forward_batch": 4, **settings}
     settings |= {"training.evaluation_samples": 4, "training.optimizer.lr": 0.03}
     return difftilt.train(
@@ -36,7 +36,7 @@ def trained(pipe: Any, output: Path, **settings: Any) -> TrainResult:
         reward=brightness,
         prompts=pipelines.PROMPTS,
         method="flow-grpo",
-        pipeline={"steps": 2},
+        pipeline=pipeline or {"steps": 2},
         iterations=2,
         **settings,
     )

@@ -23,7 +23,7 @@ def difftilt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 def test_a_file_gives_what_the_same_list_gives(difftilt: CommandLine, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes(f"\ufeff# mine\r\n\r\n  {WANTED[0]}\r\n  # not this one\r\n{WANTED[1]}".encode())
-    assert read_prompts(str(file)) == {3: WANTED[0], 5: WANTED[1]}
+    assert read_prompts(str(file)) == {"line 3": WANTED[0], "line 5": WANTED[1]}
     listed = package.steer("shapes/best-of-n", overrides=[*SMALL, f"steering.prompts={json.dumps(WANTED)}"])
     for way in (["--prompts-file", file], [f"steering.prompts={file}"]):
         output = tmp_path / f"steered-{len(way)}"

@@ -1,6 +1,8 @@
 """A vision-language model that is asked, and a detector whose boxes are judged."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from difftilt.rewards.pretrained.loading import PretrainedOptions
 from difftilt.rewards.pretrained.vlm_judge import Config as Asking
 from difftilt.rewards.pretrained.vlm_judge import answer_tokens, vlm_judge
 from difftilt.rewards.requests import COLOURS, Request, Requests, parse_requests, read_requests
+from difftilt.training.prompts import as_prompts
 from pipelines import clip_tokenizer, made
 from pretrained import EDGE, clip, hold, images, samples, seeded, vision_settings
 
@@ -250,6 +253,24 @@ def test_metadata_wins_over_prompts_and_forms_are_graded() -> None:
     scores = hold(reward, told, 0, 1)
     expected = [len(one.get("dog", ())) for one in reward.detect(media, [0.0] * 3)]
     assert scores.tolist() == pytest.approx([0 if not count else 1 / count for count in expected])
+
+
+def test_lines_of_the_published_file_say_what_is_wanted(tmp_path: Path) -> None:
+    # lines have different keys, and one has none: its prompt is read
+    lines: list[dict[str, Any]] = [
+        {"tag": "single", "include": [{"class": "dog", "count": 1}], "prompt": "nonsense"},
+        {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}],
+         "prompt": "nonsense"},
+        {"prompt": "a dog"},
+    ]  # fmt: skip
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    told = Samples.of(images(), as_prompts(tmp_path / "lines.jsonl"), torch.arange(3))
+    reward = detecting(form="shape", threshold=0.0, counting_threshold=0.0)
+    found = [len(one.get("dog", ())) for one in reward.detect(told.media, [0.0] * 3)]
+    assert max(found) > 0  # else nothing is tested
+    # min/max of the numbers asked for and seen
+    expected = [min(count, wanted) / max(count, wanted) for count, wanted in zip(found, (1, 2, 1), strict=True)]
+    assert hold(reward, told, 0, 1).tolist() == pytest.approx(expected)
 
 
 def test_colours_are_named_by_clip_in_the_box_only(monkeypatch: pytest.MonkeyPatch) -> None:

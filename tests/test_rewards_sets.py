@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,6 +38,7 @@ from difftilt.rewards import (
 )
 from difftilt.rewards.checked import CheckedSets
 from difftilt.rewards.of_sets import OfSets
+from difftilt.rewards.pictures import read_images
 from difftilt.rewards.protocol import Capabilities
 from difftilt.rewards.scoring import encode
 from difftilt.rewards.sets import set_reward
@@ -53,6 +55,7 @@ from difftilt.statistics import (
     polynomial_kernel,
     vendi_score,
 )
+from difftilt.testbeds.digits import Digits
 from difftilt.testbeds.mixtures import Config, Mixtures
 from difftilt.training.config import TrainingConfig
 from difftilt.training.loop import train_task
@@ -202,6 +205,63 @@ def test_reference_sets_are_read_from_files_and_texts(tmp_path: Path) -> None:
     for name in bad:
         with pytest.raises(UserError, match=name if name != "nan.npy" else "NaN"):
             ReferenceSet.from_file(tmp_path / name)
+
+
+def test_a_folder_of_images_is_a_reference_set(tmp_path: Path) -> None:
+    # the features of the very images, through the recipe's own task; an evaluation compares with them
+    bed = Digits()
+    images = bed.task().model.decode(normal(5, 12, 1, 8, 8)).clamp(0, 1)
+    stored = (images * 255).round().byte()
+    for place, image in enumerate(stored[:, 0]):
+        picture = Image.fromarray(image.numpy())
+        wide = picture.resize((16, 16), Image.Resampling.NEAREST) if place == 3 else picture
+        wide.save(tmp_path / f"{place:02d}.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    recipe = {
+        "testbed": {"name": "digits"},
+        "reward": {"name": "sets", "kind": "mmd", "reference": str(tmp_path)},
+        "method": {"name": "dragon", "groups": 2},
+        "training": {"evaluation_samples": 8},
+    }
+    task = build_task(load_recipe(recipe))
+    assert isinstance(task.reward, MMDReward)
+    assert task.features is not None
+    known = ReferenceSet.of(task.features(stored.float() / 255))
+    kept = [place for place in range(12) if place != 3]  # a filter stands between the enlarged one and itself
+    torch.testing.assert_close(task.reward.points[kept], known.points("")[kept])
+    assert not torch.allclose(task.reward.points[3], known.points("")[0])
+    assert difftilt.evaluate(recipe)["reward"] < 0
+
+
+def test_images_are_scaled_and_cropped_and_all_bad_ones_are_named(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (32, 16), (0, 255, 0))
+    wide.paste((255, 0, 0), (0, 0, 8, 16))
+    wide.paste((0, 0, 255), (24, 0, 32, 16))
+    wide.save(tmp_path / "wide.png")
+    wide.save(tmp_path / "wide.webp", lossless=True)
+    wide.save(tmp_path / "wide.jpg", quality=95)
+    images = read_images(tmp_path, (3, 8, 8))
+    green = torch.tensor([0.0, 1.0, 0.0])[:, None, None]
+    for image, slack in zip(images, (0.1, 0.0, 0.0), strict=True):  # jpg, png, webp: what stands over is cut off
+        assert image.shape == (3, 8, 8)
+        torch.testing.assert_close(image[:, :, 1:7], green.expand(3, 8, 6), atol=slack + 1e-6, rtol=0)
+    assert [tuple(image.shape) for image in read_images(tmp_path, (1, 4, 6))] == [(1, 4, 6)] * 3
+    turned = wide.getexif()
+    turned[0x0112] = 6  # taken with the camera on its side
+    wide.save(tmp_path / "turned.png", exif=turned)
+    assert read_images(tmp_path)[0].shape == (3, 32, 16)
+    with pytest.raises(UserError, match="of 2 sizes"):
+        ReferenceSet.from_folder(tmp_path, lambda media: media.flatten(1))
+    (tmp_path / "a.png").write_bytes((tmp_path / "wide.png").read_bytes()[:60])
+    (tmp_path / "b.webp").write_bytes(b"nothing")
+    with pytest.raises(UserError) as caught:
+        read_images(tmp_path)
+    head, first, second = str(caught.value).splitlines()
+    assert head == f"2 of 6 files in {tmp_path} are no images"
+    assert f"{tmp_path / 'a.png'} cannot be read as an image" in first
+    assert f"{tmp_path / 'b.webp'} cannot be read as an image" in second
+    with pytest.raises(UserError, match=r"folder of images, and the samples of this task are none"):
+        set_reward(Mixtures().task(), "mmd", str(tmp_path))
 
 
 def test_the_distance_of_one_sample_to_a_set_is_an_instance_reward() -> None:

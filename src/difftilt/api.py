@@ -19,9 +19,13 @@ from difftilt.recipes.directory import CONFIG, check_free, check_output, run_dir
 from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe, run_of
 from difftilt.recipes.exporting import export_checkpoint, export_result
 from difftilt.recipes.fitting import FitResult, fit_recipe
+from difftilt.recipes.judging import Pairs, judge_pairs
+from difftilt.recipes.loading import escaped
 from difftilt.recipes.schema import Recipe, load_recipe
 from difftilt.recipes.sources import Object, Scored, is_object, recipe_of_objects, task_of
 from difftilt.recipes.steered import SteerResult
+from difftilt.rewards.agreement import Agreement
+from difftilt.rewards.prompts import plain
 from difftilt.rewards.protocol import Reward
 from difftilt.rewards.served.server import RewardServer
 from difftilt.rewards.served.service import MAX_BYTES, Service
@@ -30,6 +34,7 @@ from difftilt.steering.budget import Budget
 from difftilt.steering.protocol import Anytime, Progress, Steerer
 from difftilt.training.logs import told_if_full
 from difftilt.training.loop import Hook, TrainResult, train_task
+from difftilt.training.prompts import Given, as_prompts
 from difftilt.training.protocol import Method
 from difftilt.training.stored import Manifest
 from difftilt.training.world import join_world
@@ -43,8 +48,8 @@ def train(
     output: str | Path,
     *,
     reward: Scored | None = None,
-    prompts: Sequence[str] | None = None,
-    heldout_prompts: Sequence[str] | None = None,
+    prompts: Given | None = None,
+    heldout_prompts: Given | None = None,
     method: str | Mapping[str, Any] | None = None,
     sampler: Sampler | None = None,
     pipeline: Mapping[str, Any] | None = None,
@@ -62,7 +67,8 @@ def train(
         source: what a recipe can be given as, or a task, a model, or a pipeline of ``diffusers``.
         output: run directory; new, or with ``resume`` the one of the same run.
         reward: of an object: a reward, or a function of samples that returns one score for each.
-        prompts: of an object: what to train on.
+        prompts: of an object: what to train on; texts, mappings with ``prompt`` and metadata for the reward, or a file
+            or data set of them.
         heldout_prompts: of an object: what to evaluate on; None evaluates on the training prompts.
         method: of an object: name of a method, or its section of a recipe; None is ``flow-grpo``.
         sampler: of an object: grid and kernel in place of its own.
@@ -129,7 +135,7 @@ def fit(
 def steer(
     source: RecipeLike | Object,
     reward: Scored | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Given | None = None,
     *,
     method: str | Steerer | Anytime | None = None,
     budget: Budget | Mapping[str, Any] | None = None,
@@ -148,7 +154,7 @@ def steer(
     Args:
         source: a model, a task, a pipeline of ``diffusers``, or what a recipe can be given as.
         reward: a reward, or a function of samples that returns one score for each; None takes the task's.
-        prompts: what to sample for, all in one batch; None takes the held-out prompts of the task.
+        prompts: what to sample for, all in one batch, as for :func:`train`; None takes the task's held-out prompts.
         method: name of a steerer, ``module:Class``, or a steerer; a recipe names its own.
         budget: what the call may spend, ``nfe`` and ``reward_calls`` for each prompt, ``seconds`` for the whole.
         sampler: grid and kernel in place of the task's; a model alone takes 50 stochastic steps.
@@ -177,7 +183,7 @@ def steer(
     else:
         _refuse({"method": method, "sampler": sampler, "reward": reward, "pipeline": pipeline})
         chosen = {f"steering.{key}" if key == "budget" else key: value for key, value in settings.items()}
-        chosen |= {} if prompts is None else {"steering.prompts": list(prompts)}
+        chosen |= {} if prompts is None else {"steering.prompts": [plain(prompt) for prompt in as_prompts(prompts)]}
         call = call_of_recipe(_typed(cast(RecipeLike, source), overrides, chosen))
     result = run_call(call, progress)
     if output is not None:
@@ -235,6 +241,32 @@ def evaluate(
     run = run_of(checkpoint)
     (progress or _silent)(f"{checkpoint.name.replace('_', ' ')} of {run}")
     return evaluate_recipe(_typed(run / CONFIG, overrides, settings), checkpoint)
+
+
+def judge(
+    what: RecipeLike | Scored,
+    pairs: Pairs,
+    *,
+    batch: int = 32,
+    progress: Callable[[str], None] | None = None,
+    overrides: Sequence[str] = (),
+    **settings: object,
+) -> Agreement:
+    """How often a reward prefers the sample that people preferred.
+
+    Args:
+        what: a reward, a function of samples, the name of a reward, or a recipe, whose reward is judged.
+        pairs: a .jsonl file, a data set, or a mapping with ``source`` and the names of its columns.
+        batch: pairs scored at once.
+        progress: called with a sentence after every batch.
+        overrides: ``key=value`` of the reward, or dotted ones of the recipe.
+        settings: the same by keyword.
+
+    Returns:
+        The difference of every pair; ``summary()`` has the accuracy with its interval, and counts ties.
+    """
+    chosen, tell = _overrides(overrides, settings), progress or _silent
+    return judge_pairs(what, pairs, chosen, batch, lambda done: tell(f"{done} pairs"))
 
 
 def export(what: str | Path | TrainResult, output: str | Path, *, role: str | None = None) -> Path:
@@ -342,12 +374,12 @@ def check(names: Iterable[str] = (), quick: bool = False) -> list[Result]:
 
 
 def _typed(recipe: RecipeLike, overrides: Sequence[str], settings: Mapping[str, object]) -> Recipe:
-    values = recipe.open() if isinstance(recipe, Recipe) else recipe
+    values = escaped(recipe.open()) if isinstance(recipe, Recipe) else recipe
     return load_recipe(values, _overrides(overrides, settings))
 
 
 def _overrides(overrides: Sequence[str], settings: Mapping[str, object]) -> Sequence[str]:
-    return [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
+    return [*overrides, *(f"{key}={json.dumps(escaped(value))}" for key, value in settings.items())]
 
 
 def _refuse(given: Mapping[str, object]) -> None:

@@ -174,6 +174,22 @@ def evaluate(
 
 
 @app.command()
+def judge(
+    what: Annotated[str, typer.Argument(metavar="REWARD|RECIPE", help="A reward, or the recipe that names it.")],
+    pairs: Annotated[str, typer.Argument(help="A .jsonl file or a data set with prompt, chosen, rejected.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs scored at once.")] = 32,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how often a reward prefers the sample that people preferred."""
+    from difftilt import api, tables
+
+    found = api.judge(what, pairs, batch=batch, progress=_line, overrides=overrides or []).summary()
+    _print_json(found) if as_json else _print(tables.metric_table({"value": found}))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run, or RUN/checkpoints/step_N.")],
     output: Annotated[Path, typer.Option(help="New directory for the weights, a model card and the recipe.")],
@@ -343,7 +359,9 @@ def _progress(row: Mapping[str, float], verdicts: Sequence[object]) -> None:
 
 
 def _shortcuts(**values: object) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    from difftilt.recipes.loading import escaped
+
+    return [f"{key}={json.dumps(escaped(value))}" for key, value in values.items() if value is not None]
 
 
 def _print(what: RenderableType) -> None:

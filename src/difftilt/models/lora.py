@@ -22,7 +22,7 @@ from difftilt.config import Config
 from difftilt.errors import UserError
 from difftilt.leaves import import_module
 from difftilt.models.fingerprint import fingerprint
-from difftilt.models.protocol import GenerativeModel, Network, RoleSpec, Weights
+from difftilt.models.protocol import GenerativeModel, Network, RoleSpec
 from difftilt.models.roles import CopiedRoles, Held
 
 BASE = "base/fingerprint"
@@ -181,14 +181,13 @@ def roles_of(
     )
 
 
-def save_peft(held: Weights, folder: Path) -> None:
+def save_peft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None, folder: Path) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors``, for ``PeftModel.from_pretrained(network, folder)``."""
     folder.mkdir(parents=True, exist_ok=True)
-    named = held.tensors().items()
-    tensors = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in named}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = json.dumps(held.lora(), indent=2, sort_keys=True)
-    (folder / "adapter_config.json").write_text(settings + "\n", encoding="utf-8")
+    named = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    written = json.dumps(settings, indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(written + "\n", encoding="utf-8")
 
 
 def _inner(network: nn.Module) -> nn.Module:

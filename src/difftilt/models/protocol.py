@@ -182,6 +182,7 @@ class GenerativeModel:
         dtype_tokens: True if latents are token indices (int64) rather than floats.
         export: writes weights of the network into a folder as the model's own library loads them; None: it has none.
         lora_targets: ends of the names of the layers that adapters go on by default; none: all linear ones.
+        latents: inverse of ``decode``, for media that the model did not make; None where there is none.
     """
 
     network: Network
@@ -194,3 +195,4 @@ class GenerativeModel:
     dtype_tokens: bool = False
     export: Callable[[Weights, Path], None] | None = None
     lora_targets: tuple[str, ...] = ()
+    latents: Callable[[Tensor], Tensor] | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from difftilt.config import Problems
 from difftilt.errors import UserError
@@ -13,9 +13,12 @@ from difftilt.recipes.parts import Part, read_part
 from difftilt.recipes.schema import Recipe, RewardWeights
 from difftilt.rewards import Reward, WeightedSum, as_reward
 from difftilt.rewards.base import Unrewarded
+from difftilt.training.datasets import is_dataset
+from difftilt.training.experience import Experience
 from difftilt.training.needs import check_needs
+from difftilt.training.pairs import groups_of, read_pairs
 from difftilt.training.protocol import Task
-from difftilt.training.stored import load_data
+from difftilt.training.stored import MANIFEST, load_data
 
 
 def build_task(recipe: Recipe) -> Task:
@@ -37,11 +40,19 @@ def build_task(recipe: Recipe) -> Task:
         )
     if recipe.data is not None:
         _reads_data(recipe)
-        task = replace(task, data=load_data(Path(recipe.data), task, recipe.resolved().get("reward")))
+        task = replace(task, data=_data(recipe.data, task, recipe.resolved().get("reward")))
     algorithm = recipe.method or recipe.steerer
     if algorithm is not None:
         check_needs(load(algorithm.kind, algorithm.name), task, algorithm.config)
     return task
+
+
+def _data(source: str, task: Task, reward: Mapping[str, Any] | None) -> Experience:
+    """Groups that ``difftilt collect`` wrote, or preference pairs as groups of two."""
+    path = Path(source).expanduser()
+    if (path / MANIFEST).exists() or (path.suffix != ".jsonl" and not is_dataset(path)):
+        return load_data(path, task, reward)
+    return groups_of(task, read_pairs(source))
 
 
 def _reads_data(recipe: Recipe) -> None:

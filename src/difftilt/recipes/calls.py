@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import OmegaConf
 from torch import nn
 
 from difftilt.config import Problems, dump
@@ -15,6 +14,7 @@ from difftilt.leaves import load
 from difftilt.models.denoiser import denoiser
 from difftilt.recipes.building import build_task, require
 from difftilt.recipes.fitting import load_fitted
+from difftilt.recipes.loading import to_yaml
 from difftilt.recipes.parts import Part, read_part
 from difftilt.recipes.prompts import prompts_of
 from difftilt.recipes.schema import Recipe, SteeringConfig
@@ -22,12 +22,14 @@ from difftilt.recipes.sources import Object, Scored, task_of
 from difftilt.recipes.steered import SteerResult, best_scores, steered_look
 from difftilt.rewards import Masked, as_reward
 from difftilt.rewards.masked import parts_masked
+from difftilt.rewards.prompts import plain
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
 from difftilt.steering.protocol import Anytime, Progress, Steerer
 from difftilt.steering.within import steer_within
 from difftilt.training.needs import check_needs
+from difftilt.training.prompts import Given, as_prompts
 from difftilt.training.protocol import Task
 
 
@@ -62,14 +64,14 @@ def call_of_recipe(recipe: Recipe) -> SteerCall:
     task = build_task(recipe)
     prompts = prompts_of(task, recipe.steering)
     if recipe.steering.prompts is not None:  # a file may change after the run: its prompts are kept, not its path
-        recipe = replace(recipe, steering=recipe.steering.model_copy(update={"prompts": tuple(prompts)}))
+        recipe = replace(recipe, steering=recipe.steering.model_copy(update={"prompts": tuple(map(plain, prompts))}))
     return SteerCall(task, cast(Steerer, part.build(task)), prompts, recipe.steering, recipe.to_yaml())
 
 
 def call_of_objects(
     source: Object,
     reward: Scored | None,
-    prompts: Sequence[str] | None,
+    prompts: Given | None,
     method: str | Steerer | Anytime,
     sampler: Sampler | None,
     settings: Mapping[str, Any],
@@ -103,12 +105,15 @@ def call_of_objects(
     else:
         check_needs(load("steerers", part.name), task, part.config)
     steerer = cast(Steerer, method if part is None else part.build(task))
-    wanted = list(task.heldout_prompts if prompts is None else prompts)
+    wanted = list(task.heldout_prompts) if prompts is None else as_prompts(prompts)
     if not wanted:
         raise UserError("prompts is empty: give at least one ('' for a model without prompts)")
     steering = cast(SteeringConfig, steering)
-    kept = {"steerer": _named(steerer, part, steering), "steering": dump(steering) | {"prompts": wanted}}
-    return SteerCall(task, steerer, wanted, steering, OmegaConf.to_yaml(OmegaConf.create(kept)))
+    kept = {
+        "steerer": _named(steerer, part, steering),
+        "steering": dump(steering) | {"prompts": [plain(prompt) for prompt in wanted]},
+    }
+    return SteerCall(task, steerer, wanted, steering, to_yaml(kept))
 
 
 def _named(steerer: object, part: Part | None, steering: SteeringConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from difftilt.recipes.building import build_task
 from difftilt.recipes.directory import differences
 from difftilt.recipes.schema import Recipe, SteeringConfig
 from difftilt.rewards import WeightedSum
+from difftilt.rewards.prompts import plain
 from difftilt.sampling.noise import Noise
 from difftilt.training.config import TrainingConfig
 from difftilt.training.experience import Experience, PromptBatch
@@ -103,7 +104,7 @@ def _plan(recipe: Recipe, task: Task, groups: int, size: int) -> dict[str, Any]:
         "testbed": recipe.testbed.resolved(),
         "reward": task.reward.name,
         "reward_section": recipe.resolved().get("reward"),
-        "prompts": list(task.prompts),
+        "prompts": [plain(prompt) for prompt in task.prompts],
         "shape": list(task.model.shape),
         "groups": groups,
         "group_size": size,

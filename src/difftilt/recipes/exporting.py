@@ -111,7 +111,7 @@ def export_weights(model: GenerativeModel, weights: Weights, card: ModelCard, co
         if model.export is not None:
             model.export(weights, staging)
         elif weights.lora() is not None:
-            save_peft(weights, staging)
+            save_peft(weights.tensors(), weights.lora(), staging)
         else:
             tensors = {name: value.detach().cpu().contiguous() for name, value in weights.tensors().items()}
             save_file(tensors, staging / "model.safetensors")

@@ -1,5 +1,6 @@
 """Finding and reading recipes: packaged names, paths, YAML, dotted overrides. Nothing is typed or imported here."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,26 @@ def read(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     else:
         values, source = _combination(str(recipe)), str(recipe)
     return _merge(values, overrides, source), source
+
+
+def escaped(values: Any) -> Any:
+    """Plain values, such that reading them leaves every text as it is: none of it is an interpolation.
+
+    >>> escaped({"prompts": ["a ${x}"]})["prompts"][0] == "a " + chr(92) + "${x}"
+    True
+    """
+    if isinstance(values, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", values)
+    if isinstance(values, Mapping):
+        return {key: escaped(value) for key, value in cast(Mapping[Any, Any], values).items()}
+    if isinstance(values, list | tuple):
+        return [escaped(value) for value in cast(Sequence[Any], values)]
+    return values
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML that :func:`read` takes back as they are."""
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(values)))
 
 
 def _file(recipe: str | Path) -> Path | None:

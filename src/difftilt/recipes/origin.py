@@ -19,6 +19,7 @@ from difftilt.models.fingerprint import fingerprint
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.process.protocol import Prediction
+from difftilt.rewards.prompts import plain, prompt_of
 from difftilt.rewards.protocol import Reward, Samples
 from difftilt.rewards.scoring import evaluate, same_scores
 from difftilt.sampling.noise import Apart
@@ -72,14 +73,14 @@ class Origin:
 
     def metadata(self) -> dict[str, str]:
         """Everything else, as text."""
-        plain = {
+        known = {
             "weights": self.weights,
             "guidance": self.guidance,
             "names": list(self.names),
             "settings": dict(self.settings),
-            "prompts": list(self.prompts),
+            "prompts": [plain(prompt) for prompt in self.prompts],
         }
-        return {KEY: json.dumps(plain)}
+        return {KEY: json.dumps(known)}
 
 
 def lesson_of(steerer: object, task: Task, reward: Reward) -> Lesson:
@@ -124,7 +125,7 @@ def _scores(
     with torch.no_grad():
         media = task.model.decode(x_0.to(device_of(task.model.network)))
     group = torch.arange(len(media), device=media.device)
-    samples = Samples(media, prompts, prompts, group)
+    samples = Samples.of(media, prompts, group)
     with torch.no_grad():
         return {name: evaluate(reward, samples, ledger).total for name, reward in rewards.items()}
 
@@ -150,13 +151,13 @@ def read_origin(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | Non
     return origin
 
 
-def _origin(plain: dict[str, Any], rewards: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> Origin:
+def _origin(known: dict[str, Any], rewards: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> Origin:
     return Origin(
-        str(plain["weights"]),
-        float(plain["guidance"]),
-        tuple(map(str, plain["names"])),
-        dict(plain["settings"]),
-        tuple(map(str, plain["prompts"])),
+        str(known["weights"]),
+        float(known["guidance"]),
+        tuple(map(str, known["names"])),
+        dict(known["settings"]),
+        tuple(map(prompt_of, known["prompts"])),
         rewards=rewards,
         **states,
     )

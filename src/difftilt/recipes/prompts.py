@@ -1,11 +1,11 @@
-"""Prompts of a recipe: a list in it, or a text file with one prompt per line."""
+"""Prompts of a recipe: a list in it, a file or a data set."""
 
 from collections.abc import Sequence
 
 from difftilt.config import Problems
 from difftilt.errors import UserError
 from difftilt.recipes.schema import SteeringConfig
-from difftilt.training.prompts import read_prompts
+from difftilt.training.prompts import as_prompts, read_prompts
 from difftilt.training.protocol import Task
 
 
@@ -18,14 +18,14 @@ def prompts_of(task: Task, config: SteeringConfig) -> Sequence[str]:
     """
     if config.prompts is None:
         return list(task.heldout_prompts)
-    if not isinstance(config.prompts, str):
-        return list(config.prompts)
+    if isinstance(config.prompts, tuple):
+        return as_prompts(config.prompts)
     lines = read_prompts(config.prompts)
     problems = Problems()
-    for number, prompt in lines.items():
+    for where, prompt in lines.items():
         try:
             task.model.encode([prompt])
         except UserError as error:
-            problems.add(f"line {number}: {error}")
-    problems.check(config.prompts)
+            problems.add(f"{where}: {error}")
+    problems.check(config.prompts if isinstance(config.prompts, str) else config.prompts.source)
     return list(lines.values())

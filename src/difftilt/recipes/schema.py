@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from omegaconf import OmegaConf
 from pydantic import Field
 
 from difftilt.config import Config, Problems, dump
 from difftilt.errors import UserError
 from difftilt.leaves import nearest
-from difftilt.recipes.loading import read
+from difftilt.recipes.loading import escaped, read, to_yaml
 from difftilt.recipes.parts import Part, read_part
 from difftilt.steering.budget import Budget
 from difftilt.training.config import Device, TrainingConfig
+from difftilt.training.prompts import Prompts
 
 
 class SteeringConfig(Config):
@@ -22,9 +22,9 @@ class SteeringConfig(Config):
 
     seed: int = Field(default=0, ge=0)
     """Fixes every draw of the run."""
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)] | Annotated[str, Field(min_length=1)] | None = None
-    """What to sample for: a list, or the path of a file with one prompt per line and # before comments; null takes the
-    held-out prompts of the testbed."""
+    prompts: Prompts | None = None
+    """What to sample for: a list, a file (.txt, .jsonl), a data set, or a mapping with ``source`` and its columns; null
+    takes the held-out prompts of the testbed."""
     forward_batch: int = Field(default=64, ge=4, multiple_of=4)
     """Rows of every network call: shorter batches are padded, longer ones are split. A multiple of 4."""
     device: Device = "cpu"
@@ -63,7 +63,7 @@ class Recipe:
         weights: replaces it by a sum of rewards of the testbed.
         training: of the loop.
         steering: of the call.
-        data: directory of a data set that the method learns from, made by ``difftilt collect``.
+        data: what the method learns from: a directory that ``difftilt collect`` wrote, or preference pairs.
     """
 
     source: str
@@ -103,7 +103,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.resolved()))
+        return to_yaml(self.resolved())
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -121,7 +121,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
     shortcuts = {"seed": f"{section}.seed", "iterations": f"{section}.iterations"}
     full = [_full_key(override, shortcuts) for override in overrides]
     if full:
-        values, _ = read(values, full)
+        values, _ = read(escaped(values), full)
     return type_recipe(values, source)
 
 

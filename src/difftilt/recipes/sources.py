@@ -9,14 +9,17 @@ from difftilt.errors import UserError
 from difftilt.models.diffusers import is_pipeline
 from difftilt.models.fingerprint import fingerprint
 from difftilt.models.protocol import GenerativeModel
+from difftilt.recipes.loading import escaped
 from difftilt.recipes.parts import given
 from difftilt.recipes.schema import Recipe, load_recipe
 from difftilt.rewards import as_reward
 from difftilt.rewards.base import ScoreFunction
+from difftilt.rewards.prompts import plain
 from difftilt.rewards.protocol import Reward
 from difftilt.sampling.presets import default_sampler
 from difftilt.sampling.protocol import Sampler
 from difftilt.testbeds.pipeline import TaskOptions, pipeline_task
+from difftilt.training.prompts import Given, as_prompts
 from difftilt.training.protocol import Task
 
 Scored = Reward | ScoreFunction
@@ -34,8 +37,8 @@ def is_object(source: object) -> bool:
 def task_of(
     source: Object,
     reward: Scored | None = None,
-    prompts: Sequence[str] | None = None,
-    heldout_prompts: Sequence[str] | None = None,
+    prompts: Given | None = None,
+    heldout_prompts: Given | None = None,
     sampler: Sampler | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Task:
@@ -52,6 +55,8 @@ def task_of(
     Raises:
         UserError: if a reward, prompts or an option is missing or wrong.
     """
+    prompts = None if prompts is None else as_prompts(prompts)
+    heldout_prompts = None if heldout_prompts is None else as_prompts(heldout_prompts)
     if options is not None and not is_pipeline(source):
         raise UserError("pipeline: these options belong to a pipeline of diffusers, and the source is none")
     if isinstance(source, Task):
@@ -84,9 +89,10 @@ def recipe_of_objects(
         settings: ``dotted.key=value``.
         options: of the pipeline, to be noted.
     """
-    facts: dict[str, Any] = {"prompts": list(task.prompts), "heldout_prompts": list(task.heldout_prompts)}
+    texts = {"prompts": task.prompts, "heldout_prompts": task.heldout_prompts}
+    facts: dict[str, Any] = {name: [plain(prompt) for prompt in prompts] for name, prompts in texts.items()}
     facts |= {"fingerprint": fingerprint(task.model.network)} | dict(options or {})
     testbed, reward = given("testbeds", task, facts), given("rewards", task.reward)
     section: Mapping[str, Any] = {"name": method} if isinstance(method, str) else method
     values = {"testbed": testbed.resolved(), "reward": reward.resolved(), "method": dict(section)}
-    return replace(load_recipe(values, settings), testbed=testbed, reward=reward)
+    return replace(load_recipe(escaped(values), settings), testbed=testbed, reward=reward)

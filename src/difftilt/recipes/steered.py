@@ -111,7 +111,7 @@ def steered_look(task: Task, steered: Steered) -> Look:
 def best_scores(task: Task, prompts: Sequence[str], steered: Steered) -> dict[str, float]:
     """Reward and held-out rewards of the best sample of each prompt, averaged over prompts; no rewards of sets."""
     group = torch.arange(len(prompts), device=steered.media.device)
-    samples = Samples(steered.media[steered.best], prompts, prompts, group, task.model.encode(prompts))
+    samples = Samples.of(steered.media[steered.best], prompts, group, task.model.encode(prompts))
     # the best of a few prompts are no set that a distance or a diversity could be measured of
     instance = {name: reward for name, reward in task.heldout.items() if not reward.capabilities.of_sets}
     scores = {name: evaluate(reward, samples, Ledger()).total for name, reward in instance.items()}

@@ -109,10 +109,11 @@ def wanted_texts(samples: Samples, key: str = "text") -> list[str]:
     Raises:
         UserError: for a prompt that quotes nothing, without metadata.
     """
-    if key in samples.metadata:
-        texts = [str(text) for text in samples.metadata[key]]
-    else:
-        texts = [" ".join("".join(match) for match in QUOTES.findall(prompt)) for prompt in samples.prompts]
+    known = samples.metadata.get(key, [None] * len(samples.prompts))
+    texts = [
+        " ".join("".join(match) for match in QUOTES.findall(prompt)) if text is None else str(text)
+        for prompt, text in zip(samples.prompts, known, strict=True)
+    ]
     for prompt, text in zip(samples.prompts, texts, strict=True):
         if not text.strip():
             raise UserError(

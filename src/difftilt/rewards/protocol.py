@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from difftilt.process.protocol import Condition
+from difftilt.rewards.prompts import metadata_of
 from difftilt.statistics.states import SetState
 from difftilt.trees import join, take
 
@@ -25,7 +26,7 @@ class Samples:
         used_prompts: prompts after rewriting; equal to ``prompts`` where nothing rewrote them.
         group: index of the group that each sample is compared in; set rewards score one group at a time.
         condition: condition media (known pixels, a goal), one row per sample, or None.
-        metadata: anything else a testbed wants its reward to see, one entry per sample.
+        metadata: what else is known of the prompts, one entry per sample; None where nothing is.
     """
 
     media: Shaped[Tensor, "batch ..."]
@@ -34,6 +35,16 @@ class Samples:
     group: Int[Tensor, " batch"]
     condition: Condition = None
     metadata: Mapping[str, Sequence[Any]] = field(default_factory=dict[str, Sequence[Any]])
+
+    @staticmethod
+    def of(
+        media: Shaped[Tensor, "batch ..."],
+        prompts: Sequence[str],
+        group: Int[Tensor, " batch"],
+        condition: Condition = None,
+    ) -> "Samples":
+        """Samples of prompts that nothing rewrote, with the metadata that the prompts carry."""
+        return Samples(media, prompts, prompts, group, condition, metadata_of(prompts))
 
     def take(self, index: Int[Tensor, " rows"]) -> "Samples":
         """Rows ``index`` of everything, prompts and metadata included."""
@@ -49,7 +60,7 @@ class Samples:
 
     @staticmethod
     def join(parts: "Sequence[Samples]") -> "Samples":
-        """All rows of several, in their order; each part must have the same metadata."""
+        """All rows of several, in their order; metadata that a part does not have is None there."""
         if len(parts) == 1:
             return parts[0]
         return Samples(
@@ -58,8 +69,13 @@ class Samples:
             [prompt for part in parts for prompt in part.used_prompts],
             torch.cat([part.group for part in parts]),
             join([part.condition for part in parts]),
-            {key: [value for part in parts for value in part.metadata[key]] for key in parts[0].metadata},
+            _joined([(part.metadata, len(part.prompts)) for part in parts]),
         )
+
+
+def _joined(parts: Sequence[tuple[Mapping[str, Sequence[Any]], int]]) -> dict[str, Sequence[Any]]:
+    names = dict.fromkeys(name for columns, _ in parts for name in columns)
+    return {name: [value for columns, rows in parts for value in columns.get(name, [None] * rows)] for name in names}
 
 
 @dataclass(frozen=True)

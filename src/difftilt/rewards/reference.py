@@ -8,16 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from difftilt.errors import UserError
+from difftilt.models.protocol import GenerativeModel
+from difftilt.rewards.pictures import read_images
 from difftilt.statistics.moments import FrechetReference, SetMoments, Spread
 
 Encoder = Callable[[Any], Tensor]
@@ -64,6 +66,29 @@ class ReferenceSet:
         """Of exemplars (media, texts, ...) through an encoder for them, without gradient."""
         with torch.no_grad():
             return cls.of(encoder(exemplars))
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, encoder: Encoder, shape: tuple[int, int, int] | None = None, batch: int = 32
+    ) -> "ReferenceSet":
+        """Of the images of a folder, through the encoder of the samples.
+
+        Args:
+            folder: of .png, .jpg, .jpeg, .webp or .bmp files; subfolders are not read.
+            encoder: images (batch, channel, height, width) in [0, 1] -> (batch, dim).
+            shape: (channels, height, width) that all are brought to, as :func:`~difftilt.rewards.pictures.as_image`
+                does; None wants them to be equal.
+            batch: images encoded at once.
+
+        Raises:
+            UserError: for a folder without images, with all files that cannot be read, or images of different sizes.
+        """
+        images = read_images(folder, shape)
+        sizes = {tuple(image.shape) for image in images}
+        if len(sizes) > 1:
+            raise UserError(f"the images in {folder} are of {len(sizes)} sizes: bring them to one, or name a shape")
+        parts = torch.stack(images).split(batch)
+        return cls.encoded(parts, lambda parts: torch.cat([encoder(part).cpu() for part in parts]))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ReferenceSet":
@@ -123,6 +148,46 @@ class ReferenceSet:
         refuse_singular("reference set", rows, dim, spread, shrinkage)
         covariance = self.moments.scatter / max(rows - 1, 1)
         return FrechetReference(self.moments.mean, covariance, spread, shrinkage)
+
+
+@runtime_checkable
+class _Decodes(Protocol):
+    @property
+    def model(self) -> GenerativeModel: ...
+
+
+def reference_of(source: str, task: object, encoder: Encoder) -> ReferenceSet:
+    """The reference set that a recipe names.
+
+    Args:
+        source: file of features, ``.safetensors`` or ``.npy``, or folder of images.
+        task: images are brought to the size of its samples, and go through ``encoder`` as these do.
+        encoder: of the samples.
+
+    Raises:
+        UserError: for what cannot be read, and for images where the samples are none.
+    """
+    if not Path(source).expanduser().is_dir():
+        return ReferenceSet.from_file(source)
+    if not isinstance(task, _Decodes):
+        return ReferenceSet.from_folder(source, encoder)
+    return ReferenceSet.from_folder(source, encoder, image_shape(task.model, f"{source} is a folder of images"))
+
+
+def image_shape(model: GenerativeModel, user: str) -> tuple[int, int, int]:
+    """(channels, height, width) of what a model decodes to.
+
+    Raises:
+        UserError: where that is no image; ``user`` begins the sentence.
+    """
+    device = next(iter(model.network.parameters())).device if isinstance(model.network, nn.Module) else "cpu"
+    with torch.no_grad():
+        latents = torch.zeros(1, *model.shape, device=device, dtype=torch.int64 if model.dtype_tokens else None)
+        sample = model.decode(latents)[0]
+    if sample.dim() != 3:
+        raise UserError(f"{user}, and the samples of this task are none")
+    channels, height, width = sample.shape
+    return channels, height, width
 
 
 def smallest_set(dim: int, spread: Spread, shrinkage: float) -> int:

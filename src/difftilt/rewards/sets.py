@@ -19,7 +19,15 @@ from difftilt.errors import UserError
 from difftilt.leaves import load
 from difftilt.rewards.of_sets import Features, Members, OfSets
 from difftilt.rewards.protocol import SetReward
-from difftilt.rewards.reference import Encoder, ReferenceSet, flattened, refuse_singular, same_space, smallest_set
+from difftilt.rewards.reference import (
+    Encoder,
+    ReferenceSet,
+    flattened,
+    reference_of,
+    refuse_singular,
+    same_space,
+    smallest_set,
+)
 from difftilt.statistics.moments import FrechetReference, FrechetState, SetMoments, Spread
 from difftilt.statistics.sets import Kernel, mean_within, neighbour_radius, polynomial_kernel, rbf_kernel, vendi_score
 from difftilt.statistics.states import CoverageState, KernelState, Negated, SetState
@@ -221,7 +229,7 @@ def set_reward(
     Args:
         task: of the recipe.
         kind: which reward.
-        reference: file of features, ``.safetensors`` or ``.npy``; all kinds but ``vendi`` need one.
+        reference: file of features, or folder of images, see :func:`reference_of`; all kinds but ``vendi`` need one.
         encoder: ``module:callable`` from media to (batch, dim), into the space of the reference; None is the features
             of the testbed.
         spread: of ``frechet``.
@@ -239,8 +247,8 @@ def set_reward(
     if kind == "vendi":
         return VendiReward(encode, kernel=kernel, pooled=pooled)
     if reference is None:
-        raise UserError(f"reward.reference: {kind} compares with a reference set: name a file of features")
-    known = ReferenceSet.from_file(reference)
+        raise UserError(f"reward.reference: {kind} compares with a reference set: name a file of features, or images")
+    known = reference_of(reference, task, encode)
     match kind:
         case "frechet":
             return FrechetReward(known, encode, spread=spread, shrinkage=shrinkage, pooled=pooled)

@@ -11,7 +11,6 @@ from difftilt.rewards.instances import as_set
 from difftilt.rewards.protocol import Reward, Samples
 from difftilt.rewards.scoring import encode, evaluate
 from difftilt.sampling.noise import Noise
-from difftilt.trees import join
 
 
 def win_rate(reward: Reward, ours: Samples, theirs: Samples, noise: Noise, sets: int = 200) -> float:
@@ -45,15 +44,7 @@ def win_rate(reward: Reward, ours: Samples, theirs: Samples, noise: Noise, sets:
 
 
 def _by_rows(reward: Reward, ours: Samples, theirs: Samples) -> Float[Tensor, " rows"]:
-    both = Samples(
-        torch.cat([ours.media, theirs.media]),
-        [*ours.prompts, *theirs.prompts],
-        [*ours.used_prompts, *theirs.used_prompts],
-        torch.cat([ours.group, theirs.group]),
-        join([ours.condition, theirs.condition]),
-        {key: [*values, *theirs.metadata[key]] for key, values in ours.metadata.items()},
-    )
-    won, lost = evaluate(reward, both, Ledger()).total.chunk(2)
+    won, lost = evaluate(reward, Samples.join([ours, theirs]), Ledger()).total.chunk(2)
     return won - lost
 
 

@@ -103,6 +103,7 @@ class Digits:
             shape=(1, 8, 8),
             encode=labels_of,
             decode=decode,
+            latents=latents_of,
             null_condition=_null,
         )
         return Task(
@@ -144,6 +145,11 @@ class Digits:
         """
         with torch.no_grad():
             return float(frechet_distance(self.features(images), self.features(load_splits().train.images)))
+
+
+def latents_of(media: Float[Tensor, "batch 1 8 8"]) -> Float[Tensor, "batch 1 8 8"]:
+    """Inverse of :func:`decode`."""
+    return 2 * media - 1
 
 
 def decode(latents: Float[Tensor, "batch 1 8 8"]) -> Float[Tensor, "batch 1 8 8"]:

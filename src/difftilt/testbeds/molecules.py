@@ -15,6 +15,7 @@ from torch import Tensor
 
 from difftilt.card import Card
 from difftilt.config import Config as BaseConfig
+from difftilt.errors import UserError
 from difftilt.models.masked_transformer import MaskedTransformer
 from difftilt.models.protocol import GenerativeModel
 from difftilt.models.saving import from_pretrained
@@ -31,7 +32,7 @@ from difftilt.testbeds.molecules_rewards import (
     watching_rewards,
     whole_tokens,
 )
-from difftilt.testbeds.molecules_strings import smiles_of, training_smiles
+from difftilt.testbeds.molecules_strings import smiles_of, tokens_of, training_smiles
 from difftilt.training.protocol import Task
 
 CARD = Card(
@@ -93,6 +94,7 @@ class Molecules:
             heldout={name: reward for name, reward in rewards.items() if name == "valid" or name != config.reward},
             features=self.features,
             text=self.text,
+            read=self.read,
             draw=self.draw,
             valid=self.valid,
         )
@@ -104,6 +106,22 @@ class Molecules:
             UserError: for relaxed tokens and for masks.
         """
         return [one if (molecule := parse(one)) is None else molecule.smiles for one in self._read(media)]
+
+    def read(self, texts: Sequence[str]) -> Int[Tensor, "batch position"]:
+        """Molecules in SMILES as tokens.
+
+        Raises:
+            UserError: names what is no molecule, or one that the model has no words for.
+        """
+        rows: list[Tensor] = []
+        for text in texts:
+            molecule = parse(text)
+            found = None if molecule is None else tokens_of([molecule.smiles], self.words)
+            if found is None or not len(found):
+                said = "is no molecule" if found is None else "is too large for this model, or of symbols it lacks"
+                raise UserError(f"{text!r:.60} {said}: give another SMILES")
+            rows.append(found)
+        return torch.cat(rows)
 
     def valid(self, media: Int[Tensor, "batch position"]) -> Bool[Tensor, " batch"]:
         """Which samples are molecules: RDKit reads them, and there is an atom in them."""

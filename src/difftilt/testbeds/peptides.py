@@ -29,7 +29,7 @@ from difftilt.statistics import histogram, total_variation
 from difftilt.statistics.chains import Chain, chain_of, tilt_chain
 from difftilt.testbeds import peptides_properties as properties
 from difftilt.testbeds.peptides_properties import LETTERS
-from difftilt.training.looks import spelled
+from difftilt.training.looks import spelled, unspelled
 from difftilt.training.protocol import Task
 
 CARD = Card(
@@ -136,12 +136,17 @@ class Peptides:
             temperature=config.temperature if config.reward in ADDITIVE else None,
             truth=self.marginal_distance if config.reward in ADDITIVE else None,
             text=self.text,
+            read=self.read,
             valid=self.valid,
         )
 
     def text(self, media: Int[Tensor, "batch position"]) -> list[str]:
         """One-letter codes."""
         return spelled(media, LETTERS)
+
+    def read(self, texts: Sequence[str]) -> Int[Tensor, "batch position"]:
+        """Inverse of :meth:`text`."""
+        return unspelled(texts, LETTERS)
 
     def valid(self, media: Int[Tensor, "batch position"]) -> Bool[Tensor, " batch"]:
         """Whether a chemist would make it, see :func:`difftilt.testbeds.peptides_properties.valid`."""

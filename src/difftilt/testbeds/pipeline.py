@@ -5,7 +5,7 @@ The one testbed whose truth is not known: it is here because a recipe names its 
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -18,7 +18,7 @@ from difftilt.rewards.protocol import Reward
 from difftilt.sampling.kernels import CPS, DDIM, FlowSDE
 from difftilt.sampling.protocol import Kernel, Sampler
 from difftilt.sampling.solvers import EulerSolver
-from difftilt.training.prompts import read_prompts
+from difftilt.training.prompts import Prompts, as_prompts
 from difftilt.training.protocol import Task
 
 CARD = Card(
@@ -26,8 +26,6 @@ CARD = Card(
     entry="Pipeline",
     paper="The pipelines of the diffusers library (von Platen et al. 2022); each family names its own paper.",
 )
-
-Prompts = Annotated[tuple[str, ...], Field(min_length=1)] | Annotated[str, Field(min_length=1)]
 
 
 class TaskOptions(PipelineOptions):
@@ -44,7 +42,7 @@ class Config(TaskOptions):
     source: str = Field(min_length=1)
     """Local folder of a pipeline, or its id on the hub."""
     prompts: Prompts
-    """What is trained on: a list, or the path of a file with one prompt per line."""
+    """What is trained on: a list, a file (.txt, .jsonl), a data set, or a mapping with ``source`` and its columns."""
     heldout_prompts: Prompts | None = None
     """What is evaluated; null evaluates the training prompts."""
 
@@ -62,23 +60,19 @@ class Pipeline:
     @cached_property
     def prompts(self) -> Sequence[str]:
         """Training prompts."""
-        return _prompts(self.config.prompts)
+        return as_prompts(self.config.prompts)
 
     @cached_property
     def heldout_prompts(self) -> Sequence[str]:
         """Prompts of evaluations."""
         other = self.config.heldout_prompts
-        return self.prompts if other is None else _prompts(other)
+        return self.prompts if other is None else as_prompts(other)
 
     def task(self) -> Task:
         """The pipeline, loaded anew, without a reward."""
         options = TaskOptions(**self.config.model_dump(include=set(TaskOptions.model_fields)))
         prompts, heldout = self.prompts, self.heldout_prompts
         return pipeline_task(self.config.source, Unrewarded(), prompts, heldout, options)
-
-
-def _prompts(given: Sequence[str] | str) -> Sequence[str]:
-    return list(read_prompts(given).values()) if isinstance(given, str) else list(given)
 
 
 def pipeline_task(

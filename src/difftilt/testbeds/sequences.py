@@ -18,6 +18,7 @@ from torch.nn.functional import one_hot
 
 from difftilt.card import Card
 from difftilt.config import Config as BaseConfig
+from difftilt.errors import UserError
 from difftilt.models.markov import MarkovPosterior
 from difftilt.models.protocol import GenerativeModel, Network
 from difftilt.process.grid import uniform_grid
@@ -29,7 +30,7 @@ from difftilt.sampling.kernels import Unmasking
 from difftilt.sampling.protocol import Sampler
 from difftilt.statistics import empirical, enumerate_sequences, tilted, total_variation
 from difftilt.testbeds.enumeration import chain_law, chain_soft_value
-from difftilt.training.looks import spelled
+from difftilt.training.looks import spelled, unspelled
 from difftilt.training.protocol import Task
 
 CARD = Card(
@@ -134,6 +135,7 @@ class Sequences:
             temperature=config.temperature,
             truth=self.distance_to_target,
             text=self.text,
+            read=self.read,
         )
 
     def naturalness(self, samples: Samples) -> Float[Tensor, " batch"]:
@@ -144,6 +146,16 @@ class Sequences:
         """Sequences as capital letters, A for token 0; of more than 26 letters as numbers."""
         count = self.config.letters
         return spelled(media, ascii_uppercase if count <= len(ascii_uppercase) else [f"{n} " for n in range(count)])
+
+    def read(self, texts: Sequence[str]) -> Int[Tensor, "batch position"]:
+        """Inverse of :meth:`text`.
+
+        Raises:
+            UserError: for other letters, or more of them than have letters.
+        """
+        if self.config.letters > len(ascii_uppercase):
+            raise UserError(f"sequences of {self.config.letters} letters have no spelling: give tokens")
+        return unspelled(texts, ascii_uppercase[: self.config.letters])
 
     def features(self, media: Int[Tensor, "batch position"]) -> Float[Tensor, "batch features"]:
         """One-hot tokens, flattened: distances between features count differing positions."""

@@ -98,6 +98,7 @@ class Shapes:
             shape=(3, CELLS * CELL, CELLS * CELL),
             encode=self.encode,
             decode=decode,
+            latents=latents_of,
             null_condition=lambda rows: self.text_encoder.condition([""] * rows),
         )
         return Task(
@@ -127,6 +128,11 @@ class Shapes:
         for prompt in prompts:
             parse(prompt)
         return self.text_encoder.condition(prompts)
+
+
+def latents_of(media: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    """Inverse of :func:`decode`."""
+    return 2 * media - 1
 
 
 def decode(latents: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:

@@ -127,6 +127,7 @@ class Tones:
             shape=(FRAME, SIDE, SIDE),
             encode=self.encode,
             decode=decode,
+            latents=latents_of,
             null_condition=lambda rows: self.text_encoder.condition([""] * rows),
         )
         return Task(

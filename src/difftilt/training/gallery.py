@@ -85,7 +85,7 @@ def show(run: LoopRun, role: str, sampler: Sampler, gallery: Gallery, seed: int)
         condition = run.encode(prompts)
         x_t = start_state(denoise.process, noise, index, run.task.model.shape)
         media = run.task.model.decode(sample(denoise, sampler, x_t, condition, noise=noise, index=index))
-        samples = Samples(media, prompts, prompts, index // gallery.size, condition)
+        samples = Samples.of(media, prompts, index // gallery.size, condition)
         reward = run.task.heldout.get(run.task.headline, run.task.reward)
         return Shown(media, run.score_with(reward, samples).total, look_at(run.task, media))
 

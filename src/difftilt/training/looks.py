@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from difftilt.errors import UserError
 from difftilt.training.protocol import Task
 
 
@@ -60,6 +61,21 @@ def spelled(tokens: Int[Tensor, "batch position"], alphabet: Sequence[str]) -> l
     """Every sequence as the symbols of its tokens, one after the other."""
     rows: list[list[int]] = tokens.tolist()
     return ["".join(alphabet[token] for token in row) for row in rows]
+
+
+def unspelled(texts: Sequence[str], alphabet: Sequence[str]) -> Int[Tensor, "batch position"]:
+    """Inverse of :func:`spelled`, for symbols of one letter.
+
+    Raises:
+        UserError: names a text of other letters, or of another length than the first.
+    """
+    place = {letter: token for token, letter in enumerate(alphabet)}
+    for text in texts:
+        strange = sorted(set(text) - place.keys())
+        if strange or not text or len(text) != len(texts[0]):
+            said = f"has the letters {''.join(strange)}" if strange else f"is not of the length {len(texts[0])}"
+            raise UserError(f"{text!r:.60} {said}; it is written in {''.join(alphabet)}")
+    return torch.tensor([[place[letter] for letter in text] for text in texts])
 
 
 def as_bytes(images: Shaped[Tensor, "batch channel height width"]) -> Shaped[Tensor, "batch channel height width"]:

@@ -80,5 +80,5 @@ def check_space(reward: Reward, task: Task) -> None:
     text = list(task.prompts[:1])
     with torch.no_grad():
         media = task.model.decode(torch.zeros(1, *task.model.shape))
-        sample = Samples(media, text, text, torch.zeros(1, dtype=torch.int64), task.model.encode(text))
+        sample = Samples.of(media, text, torch.zeros(1, dtype=torch.int64), task.model.encode(text))
         same_space(reward.name, reward.features(sample), reward.dim)

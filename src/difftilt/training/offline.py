@@ -41,7 +41,7 @@ class Groups:
 def scored(run: Run, batch: PromptBatch, draw: Callable[[PromptBatch], Shaped[Tensor, "samples *shape"]]) -> Experience:
     """Samples drawn and scored, not yet trained on."""
     x_0, _, scores = drawn(run, batch, draw)
-    return scored_experience(batch, x_0, _no_edges(), scores)
+    return scored_experience(batch, x_0, no_edges(), scores)
 
 
 def gathered(run: Run, data: Experience) -> Experience:
@@ -65,10 +65,10 @@ def from_tensors(tensors: Mapping[str, Tensor], condition: Condition = None) -> 
         name.removeprefix(COMPONENTS): column for name, column in tensors.items() if name.startswith(COMPONENTS)
     }
     index, group, prompt, x_0, rewards = (tensors[name] for name in COLUMNS)
-    return Experience(index, group, prompt, condition, x_0, rewards, components, _no_edges())
+    return Experience(index, group, prompt, condition, x_0, rewards, components, no_edges())
 
 
-def _no_edges() -> Edges:
+def no_edges() -> Edges:
     """Of a data set: what is trained on is decided when a group is drawn."""
     none = torch.zeros(0, dtype=torch.int64)
     return Edges(sample=none, step=none, t=torch.zeros(0))

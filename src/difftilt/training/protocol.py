@@ -34,6 +34,7 @@ class Task:
         data: offline experience for methods that learn from it (preferred samples, scored groups).
         rate: samples per second of audio media; None for other media.
         text: media -> one string per sample, where people read samples better than numbers (tokens that spell).
+        read: inverse of ``text``, for samples that the model did not make.
         draw: media -> pictures in [0, 1], (batch, channel, height, width), all of one size, where media are no images
             but have a picture.
         valid: media -> (batch,) bool: which samples mean anything at all. A search may drop the others unscored; in a
@@ -56,6 +57,7 @@ class Task:
     data: Experience | None = None
     rate: int | None = None
     text: Callable[[Tensor], Sequence[str]] | None = None
+    read: Callable[[Sequence[str]], Tensor] | None = None
     draw: Callable[[Tensor], Tensor] | None = None
     valid: Callable[[Tensor], Tensor] | None = None
     environment: "Environment | None" = None

@@ -15,6 +15,7 @@ from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser, Roles
 from difftilt.process.protocol import Condition
 from difftilt.rewards.compose import WeightedSum
+from difftilt.rewards.prompts import identity
 from difftilt.rewards.protocol import Reward, Samples, Scores, SetReward
 from difftilt.rewards.scoring import add_up, encode, evaluate, splits
 from difftilt.sampling.noise import Noise
@@ -92,13 +93,14 @@ class LoopRun:
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Condition with one row per prompt; every distinct prompt is encoded once per run."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        keys = [identity(prompt) for prompt in prompts]  # texts alike may name other images
+        missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._encoded}
         if missing:
             with torch.no_grad():
-                rows = to_device(self.task.model.encode(missing), self.device)
-            for place, prompt in enumerate(missing):
-                self._encoded[prompt] = take(rows, torch.tensor([place]))
-        return join([self._encoded[prompt] for prompt in prompts])
+                rows = to_device(self.task.model.encode([*missing.values()]), self.device)
+            for place, key in enumerate(missing):
+                self._encoded[key] = take(rows, torch.tensor([place]))
+        return join([self._encoded[key] for key in keys])
 
     def prompts(self, groups: int, size: int) -> PromptBatch:
         share = self.world.share(groups, "groups per iteration")
@@ -134,7 +136,7 @@ class LoopRun:
     def samples(self, x_0: Tensor, batch: PromptBatch | Experience, heldout: bool = False) -> Samples:
         texts = self.task.heldout_prompts if heldout else self.task.prompts
         prompts = [texts[int(i)] for i in batch.prompt]
-        return Samples(self.task.model.decode(x_0), prompts, prompts, batch.group, batch.condition)
+        return Samples.of(self.task.model.decode(x_0), prompts, batch.group, batch.condition)
 
     def score(self, samples: Samples) -> Scores:
         return self.score_with(self.task.reward, samples)

@@ -7,7 +7,7 @@ from the texts of the prompts. ``difftilt collect`` writes it, and it is read fo
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from difftilt.config import Config, parse
 from difftilt.errors import UserError
 from difftilt.models.fingerprint import READ, fingerprint
 from difftilt.models.ledger import Ledger
+from difftilt.rewards.prompts import identity, prompt_of
 from difftilt.rewards.protocol import Reward, Samples
 from difftilt.rewards.scoring import same_scores, score_components
 from difftilt.sampling.protocol import Sampler
@@ -50,8 +51,8 @@ class Manifest(Config):
     """Of the recipe; null where the testbed's own reward was taken."""
     repeatable: bool
     """Whether scoring the first group twice gave the same numbers: it can then be scored again as a test."""
-    prompts: tuple[str, ...]
-    """What ``prompt`` counts."""
+    prompts: tuple[str | dict[str, Any], ...]
+    """What ``prompt`` counts: texts, with their metadata where they have any."""
     shape: tuple[int, ...]
     """Of one latent."""
     groups: int
@@ -71,6 +72,11 @@ class Manifest(Config):
     data: str
     """SHA-256 of the file of tensors."""
 
+    @property
+    def texts(self) -> Sequence[str]:
+        """The prompts with their metadata."""
+        return [prompt_of(value) for value in self.prompts]
+
 
 def load_data(directory: Path, task: Task, reward_section: Mapping[str, Any] | None = None) -> Experience:
     """The data set in a directory, if it is one of this task.
@@ -86,9 +92,9 @@ def load_data(directory: Path, task: Task, reward_section: Mapping[str, Any] | N
     manifest = read_manifest(directory)
     _check_manifest(directory, manifest, task, reward_section)
     data = from_tensors(_tensors(directory, manifest))
-    known = {prompt: place for place, prompt in enumerate(task.prompts)}
-    place = torch.tensor([known[prompt] for prompt in manifest.prompts])
-    encoded = task.model.encode(manifest.prompts)
+    known = {identity(prompt): place for place, prompt in enumerate(task.prompts)}
+    place = torch.tensor([known[identity(prompt)] for prompt in manifest.texts])
+    encoded = task.model.encode(manifest.texts)
     data = replace(data, condition=take(encoded, data.prompt), prompt=place[data.prompt])
     if manifest.repeatable:
         _check_scores(directory, data, task)
@@ -120,19 +126,22 @@ def _check_manifest(directory: Path, manifest: Manifest, task: Task, section: Ma
     elif manifest.weights != fingerprint(task.model.network, None if manifest.version == HASHED_WHOLE else READ):
         found.append("the samples were drawn by a model with other weights")
     found += _drawn_otherwise(manifest, task.sampler)
-    strange = [prompt for prompt in manifest.prompts if prompt not in set(task.prompts)]
+    own = set(map(identity, task.prompts))
+    strange = [
+        value for prompt, value in zip(manifest.texts, manifest.prompts, strict=True) if identity(prompt) not in own
+    ]
     if manifest.drawn is not None:
         # another data set's prompts need not be any that this encoder knows
-        found += [] if strange else manifest.drawn.differences(drawn_by(task, manifest.prompts))
+        found += [] if strange else manifest.drawn.differences(drawn_by(task, manifest.texts))
     else:
         warnings.warn(
             f"data {directory} are of version {manifest.version}, which does not say by which process, output, solver "
             "and encoder of texts they were drawn: that these are the task's was not checked",
             stacklevel=3,
         )
-    own = None if section is None else dict(section)
-    if (manifest.reward, manifest.reward_section) != (task.reward.name, own):
-        there, here = ((manifest.reward, manifest.reward_section), (task.reward.name, own))
+    settings = None if section is None else dict(section)
+    if (manifest.reward, manifest.reward_section) != (task.reward.name, settings):
+        there, here = ((manifest.reward, manifest.reward_section), (task.reward.name, settings))
         found.append(f"the samples were scored by {_named(*there)}, the task's reward is {_named(*here)}")
     if strange:
         found.append(f"{len(strange)} prompts are no training prompts of the task, the first is {strange[0]!r}")
@@ -180,7 +189,7 @@ def first_group(data: Experience, task: Task) -> Samples:
     texts = [task.prompts[int(place)] for place in data.prompt[rows]]
     with torch.no_grad():
         media = task.model.decode(data.x_0[rows])
-    return Samples(media, texts, texts, data.group[rows], task.model.encode(texts))
+    return Samples.of(media, texts, data.group[rows], task.model.encode(texts))
 
 
 def scores_again(data: Experience, task: Task, reward: Reward) -> bool:

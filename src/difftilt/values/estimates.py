@@ -50,7 +50,7 @@ class LatentReward:
         """What the reward will see; samples of one prompt form a group."""
         rows: list[int] = prompt.tolist()
         texts = [self.prompts[row] for row in rows]
-        return Samples(self.decode(x_0), texts, texts, prompt)
+        return Samples.of(self.decode(x_0), texts, prompt)
 
     def score(self, samples: Samples) -> Float[Tensor, " batch"]:
         """Finite scores, one per sample, counted; anything else is a ``RewardError``."""

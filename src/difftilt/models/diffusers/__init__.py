@@ -9,7 +9,8 @@ network's own. A :class:`Backbone` holds the network alone: roles copy it. Nothi
 pipeline is there.
 """
 
-from difftilt.models.diffusers.adapter import Adapter, Backbone
+from difftilt.models.diffusers.adapter import Adapter
+from difftilt.models.diffusers.backbone import Backbone
 from difftilt.models.diffusers.loading import adapt, is_pipeline, load_pipeline
 from difftilt.models.diffusers.options import PipelineOptions
 from difftilt.models.diffusers.schedules import Clock, Schedule, schedule_of

@@ -1,80 +1,33 @@
 """What difftilt needs to know of a family of pipelines, and all that the families share.
 
 A family is one file: it names its pipelines and its text encoders, says how its network is called, and what of
-:class:`Adapter` differs. The network sees difftilt's time, t = 0 at the data; :class:`Backbone` tells it its own.
+:class:`Adapter` differs. The network sees difftilt's time, t = 0 at the data; ``Backbone`` tells it its own.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
 from difftilt.errors import UserError
 from difftilt.models.denoiser import device_of
+from difftilt.models.diffusers.backbone import Backbone
+from difftilt.models.diffusers.exporting import export_lora, export_pipeline
+from difftilt.models.diffusers.known import known_pixels
 from difftilt.models.diffusers.options import PipelineOptions
 from difftilt.models.diffusers.schedules import Schedule, dynamic_shift, replaced, schedule_of
 from difftilt.models.diffusers.texts import EncodedTexts, Rows, cache_folder, identity_of
-from difftilt.models.lora import save_peft
-from difftilt.models.protocol import GenerativeModel, Weights
-from difftilt.process.gaussian import expand
+from difftilt.models.protocol import GenerativeModel, Stateful, Weights
 from difftilt.process.protocol import Condition
 
-
-class Backbone(nn.Module):
-    """The network of a pipeline as ``(x_t, t, condition) -> raw output``. It holds nothing else of the pipeline.
-
-    Args:
-        network: UNet or transformer; its own precision is what it computes in.
-        schedule: gives the network's clock, and how a consistency model mixes its output with the state.
-    """
-
-    def __init__(self, network: nn.Module, schedule: Schedule) -> None:
-        super().__init__()
-        self.network, self.schedule = network, schedule
-
-    @property
-    def inner(self) -> nn.Module:
-        """The network of the pipeline itself, whose names of layers other libraries know."""
-        return self.network
-
-    def networks(self) -> tuple[nn.Module, ...]:
-        """All networks that are trained, in the order of :attr:`Adapter.denoisers`."""
-        return (self.network,)
-
-    def forward(
-        self, x_t: Float[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition
-    ) -> Float[Tensor, "batch *shape"]:
-        told = self.schedule.clock(t)
-        output = self.call(x_t.to(self._speaker[0].dtype), told, condition)
-        return output if self.schedule.mixing is None else self._mixed(output, x_t, t, told)
-
-    @cached_property
-    def _speaker(self) -> tuple[nn.Parameter]:
-        """A weight that has the network's precision, whatever that becomes later; in a tuple, not to be registered.
-
-        Some networks keep a few weights in float32: their own word, which takes a walk over all weights, is better than
-        the first weight's.
-        """
-        weights = list(self.network.parameters())
-        dtype = getattr(self.network, "dtype", None) or weights[0].dtype
-        return (next(weight for weight in weights if weight.dtype == dtype),)
-
-    def call(self, x: Tensor, timestep: Float[Tensor, " batch"], condition: Mapping[str, Tensor]) -> Tensor:
-        """The raw output, from what the network itself takes."""
-        raise NotImplementedError
-
-    def _mixed(self, output: Tensor, x_t: Tensor, t: Tensor, told: Tensor) -> Tensor:
-        """c_out·x0 + c_skip·x_t, which is x_t at the data end whatever the network says (Song et al. 2023)."""
-        schedule, half = self.schedule, 0.5  # standard deviation that the data is taken to have
-        time = told * (schedule.mixing or 0.0)
-        skip, out = half**2 / (time**2 + half**2), time / (time**2 + half**2).sqrt()
-        x0 = schedule.process.predict(output, x_t, t, schedule.predicts).x0
-        return expand(out, x0) * x0 + expand(skip, x0) * x_t
+READER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Attention layers of the text encoders of ``transformers``."""
 
 
 class Adapter:
@@ -90,6 +43,8 @@ class Adapter:
 
     pipelines: ClassVar[tuple[str, ...]]
     """Classes of ``diffusers`` that the family serves."""
+    inpainting: ClassVar[tuple[str, ...]] = ()
+    """Those of them whose network is told of known pixels beside the prompt."""
     backbone: ClassVar[type[Backbone]]
     """How the network is called."""
     denoisers: ClassVar[tuple[str, ...]] = ("transformer",)
@@ -103,14 +58,30 @@ class Adapter:
 
     def __init__(self, options: PipelineOptions, pipe: Any) -> None:
         self.options, self.pipe = options, pipe
-        for name in ("vae", *self.encoders):
+        for name in {"vae", *self.encoders} - {*self.trained_encoders}:
             component = self._component(name)
             if component is not None:
                 component.requires_grad_(False).eval()
         self._prepare_vae()
+        _ = self.inpaints
         self.texts = EncodedTexts(
             self._encode_on, cache(self._identity), cache_folder(options.cache), options.text_batch
         )
+
+    @cached_property
+    def trained_encoders(self) -> tuple[str, ...]:
+        """Text encoders that are trained with the network.
+
+        Raises:
+            UserError: if the family has no way to.
+        """
+        if not self.options.train_text_encoder:
+            return ()
+        if self.backbone.read is Backbone.read:
+            raise UserError(
+                f"train_text_encoder: the text encoders of {type(self.pipe).__name__} are not trained; leave it out"
+            )
+        return self.encoders
 
     def chosen(self, option: str, parameter: str | None = None) -> Any:
         """An option, or the default of the pipeline's own call."""
@@ -164,7 +135,8 @@ class Adapter:
     @cached_property
     def network(self) -> Backbone:
         """The network behind difftilt's signature."""
-        return self.backbone(self._component(self.denoisers[0]), self.schedule)
+        readers = {name: self._component(name) for name in self.trained_encoders}
+        return self.backbone(self._component(self.denoisers[0]), self.schedule, readers)
 
     @cached_property
     def model(self) -> GenerativeModel:
@@ -174,11 +146,12 @@ class Adapter:
             process=self.schedule.process,
             output=self.schedule.output,
             shape=self.shape(),
-            encode=self.encode,
+            encode=self.conditions,
             decode=self.decode,
             null_condition=None if self.distilled else self.null_condition,
             export=self.export,
-            lora_targets=self.lora_targets,
+            lora_targets=self.lora_targets + (READER_TARGETS if self.trained_encoders else ()),
+            latents=self.latents,
         )
 
     def export(self, weights: Weights, folder: Path) -> None:
@@ -188,28 +161,17 @@ class Adapter:
             weights: of the network, or of an adapter on it.
             folder: to write to.
         """
-        name, lora = self.denoisers[0], weights.lora()
-        if lora is not None:
-            layers = {key: value.detach().cpu() for key, value in weights.tensors().items()}
-            named = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": lora}
-            type(self.pipe).save_lora_weights(folder, **named)
-            save_peft(weights, folder / "peft")
-            return
-        theirs = cast(Backbone, weights.module).networks()
-        mine = {name: self._component(name) for name, _ in zip(self.denoisers, theirs, strict=False)}
-        try:
-            for name, network in zip(mine, theirs, strict=True):
-                setattr(self.pipe, name, network)
-            self.pipe.save_pretrained(folder)
-        finally:
-            for name, network in mine.items():
-                setattr(self.pipe, name, network)
+        names = (*self.denoisers, *self.trained_encoders)
+        if weights.lora() is None:
+            export_pipeline(self.pipe, names, cast(Backbone, weights.module).networks(), folder)
+        else:
+            export_lora(self.pipe, names if self.trained_encoders else names[:1], weights, folder)
 
     def shape(self) -> tuple[int, ...]:
         """Of one latent: (channel, height, width)."""
         height, width = self.size
-        factor = self.pipe.vae_scale_factor
-        return (self._component(self.denoisers[0]).config.in_channels, height // factor, width // factor)
+        factor, config = self.pipe.vae_scale_factor, self._component(self.denoisers[0]).config
+        return (config.out_channels or config.in_channels, height // factor, width // factor)
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -227,8 +189,9 @@ class Adapter:
 
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels that the pipeline samples by itself."""
-        side: int = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return side, side
+        side = self._component(self.denoisers[0]).config.get("sample_size") or self.pipe.default_sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
     def multiple(self) -> int:
         """What height and width must be multiples of."""
@@ -242,9 +205,54 @@ class Adapter:
         """Inverse of :meth:`packed`."""
         return latents
 
+    def conditions(self, prompts: Sequence[str]) -> Condition:
+        """Condition of each prompt, on the CPU: the text, and for inpainting the known pixels of its image."""
+        rows = self.encode(prompts)
+        if not self.inpaints:
+            return rows
+        known: list[Tensor] = []
+        for start in range(0, len(prompts), self.options.text_batch):
+            some = prompts[start : start + self.options.text_batch]
+            known.append(self.told(*known_pixels(self.pipe, self._latents_on, some, self.size)))
+        return Stateful(rows, {"known": torch.cat(known)})
+
+    @cached_property
+    def inpaints(self) -> bool:
+        """Whether the network is told of known pixels.
+
+        Raises:
+            UserError: for an inpainting pipeline whose network cannot see them.
+        """
+        name = type(self.pipe).__name__
+        if name not in self.inpainting:
+            return False
+        config = self._component(self.denoisers[0]).config
+        if config.in_channels == (config.out_channels or config.in_channels):
+            raise UserError(
+                f"{name} with a network of {config.in_channels} input channels, which does not see the mask: load a "
+                "model that was trained for inpainting, or use its text-to-image pipeline"
+            )
+        return True
+
+    def _latents_on(self, media: Tensor) -> Tensor:
+        """:meth:`latents`, computed on the device of the network."""
+        return self.latents(media.to(device_of(self.network))).cpu()
+
+    def told(self, masks: Float[Tensor, "batch 1 height width"], latents: Float[Tensor, "batch *shape"]) -> Tensor:
+        """Masks in pixels, and the latents of what is known, as channels beside those of the state."""
+        return torch.cat([functional.interpolate(masks, size=latents.shape[-2:]), latents], dim=1)
+
     def encode(self, prompts: Sequence[str]) -> Rows:
-        """Condition of each prompt, on the CPU."""
-        return self.texts(prompts)
+        """Condition of each prompt without its image, on the CPU: its text, or tokens where encoders are trained."""
+        return self._tokens(prompts) if self.trained_encoders else self.texts(prompts)
+
+    def _tokens(self, prompts: Sequence[str]) -> Rows:
+        """What each of the trained encoders reads, under its name."""
+        rows: Rows = {}
+        for name, tokenizer in zip(self.encoders, map(self._component, self.tokenizers), strict=True):
+            length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+            rows[name] = tokenizer(list(map(str, prompts)), return_tensors="pt", **length).input_ids
+        return rows
 
     def null_condition(self, rows: int) -> Rows:
         """Condition of the unconditional branch, on the device of the network."""

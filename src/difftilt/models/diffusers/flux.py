@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from difftilt.card import Card
-from difftilt.models.diffusers.adapter import Adapter, Backbone
+from difftilt.models.diffusers.adapter import Adapter
+from difftilt.models.diffusers.backbone import Backbone
 from difftilt.models.diffusers.texts import Rows
 
 CARD = Card(
@@ -67,7 +69,8 @@ class FluxTransformer(Backbone):
 class Flux(Adapter):
     """``FluxPipeline``; latents are kept as images (channel, height, width) and packed where the network is called."""
 
-    pipelines = ("FluxPipeline",)
+    pipelines = ("FluxPipeline", "FluxFillPipeline")
+    inpainting = ("FluxFillPipeline",)
     backbone = FluxTransformer
     encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
@@ -89,6 +92,10 @@ class Flux(Adapter):
     def shape(self) -> tuple[int, ...]:
         channels, height, width = super().shape()
         return (channels // 4, height, width)
+
+    def told(self, masks: Tensor, latents: Tensor) -> Tensor:
+        """The mask keeps its pixels, as channels of each place of the latent."""
+        return torch.cat([latents, functional.pixel_unshuffle(masks, self.pipe.vae_scale_factor)], dim=1)
 
     def packed(self, latents: Tensor) -> Tensor:
         return pack(latents)

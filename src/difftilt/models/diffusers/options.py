@@ -34,6 +34,9 @@ class PipelineOptions(Config):
     """Decode one sample at a time."""
     vae_tiling: bool = False
     """Decode a sample in overlapping tiles."""
+    train_text_encoder: bool = False
+    """Train the text encoders with the network (Stable Diffusion and SDXL): every call of it then reads the prompts
+    anew."""
     text_batch: int = Field(default=16, ge=1)
     """Prompts that are encoded together."""
     cache: Text | None = None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from difftilt.card import Card
-from difftilt.models.diffusers.adapter import Adapter, Backbone
+from difftilt.models.diffusers.adapter import Adapter
+from difftilt.models.diffusers.backbone import Backbone
 from difftilt.models.diffusers.texts import Rows
 
 CARD = Card(
@@ -22,6 +23,9 @@ CARD = Card(
 
 class UNet(Backbone):
     """The UNet, with the text as the keys of its cross-attention."""
+
+    def read(self, condition: Mapping[str, Tensor]) -> Rows:
+        return {"text": self.readers["text_encoder"](condition["text_encoder"])[0]}
 
     def call(self, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         told = condition.get("guidance")
@@ -35,16 +39,12 @@ class UNet(Backbone):
 
 
 class StableDiffusion(Adapter):
-    """``StableDiffusionPipeline``, also distilled to few steps; the safety checker of the pipeline is not asked."""
+    """``StableDiffusionPipeline``, distilled to few steps or trained for inpainting too; no safety checker is asked."""
 
-    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionInpaintPipeline")
+    inpainting = ("StableDiffusionInpaintPipeline",)
     backbone = UNet
     denoisers = ("unet",)
-
-    def default_size(self) -> tuple[int, int]:
-        side = self.pipe.unet.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
     @property
     def distilled(self) -> bool:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from difftilt.card import Card
-from difftilt.models.diffusers.adapter import Adapter, Backbone
+from difftilt.models.diffusers.adapter import Adapter
+from difftilt.models.diffusers.backbone import Backbone
 from difftilt.models.diffusers.texts import Rows
 
 CARD = Card(

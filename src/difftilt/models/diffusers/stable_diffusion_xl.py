@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from difftilt.card import Card
-from difftilt.models.diffusers.adapter import Adapter, Backbone
+from difftilt.models.diffusers.adapter import Adapter
+from difftilt.models.diffusers.backbone import Backbone
 from difftilt.models.diffusers.texts import Rows
 
 CARD = Card(
@@ -18,6 +19,13 @@ CARD = Card(
 
 class SizedUNet(Backbone):
     """The UNet, with the pooled text and six numbers: original size, crop and target size."""
+
+    def read(self, condition: Mapping[str, Tensor]) -> Rows:
+        """The states before the last layer, side by side; the second encoder also makes one vector of the text."""
+        read = [self.readers[name](condition[name], output_hidden_states=True) for name in self.readers]
+        text = torch.cat([one.hidden_states[-2] for one in read], dim=-1)
+        kept = condition["kept"]
+        return {"text": kept[:, None, None] * text, "pooled": kept[:, None] * read[-1][0]}
 
     def call(self, x: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         return self.network(
@@ -32,7 +40,8 @@ class SizedUNet(Backbone):
 class StableDiffusionXL(Adapter):
     """``StableDiffusionXLPipeline``, uncropped and at its target size; no watermark is drawn."""
 
-    pipelines = ("StableDiffusionXLPipeline",)
+    pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
+    inpainting = ("StableDiffusionXLInpaintPipeline",)
     backbone = SizedUNet
     denoisers = ("unet",)
     encoders = ("text_encoder", "text_encoder_2")
@@ -41,13 +50,15 @@ class StableDiffusionXL(Adapter):
     def encode(self, prompts: Sequence[str]) -> Rows:
         height, width = self.size
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-        return super().encode(prompts) | {"sizes": sizes.expand(len(prompts), 6)}
+        rows = super().encode(prompts) | {"sizes": sizes.expand(len(prompts), 6)}
+        return rows | {"kept": torch.ones(len(prompts))} if self.trained_encoders else rows
 
     def negative(self) -> Rows:
         """The empty prompt is zero in this family, where its settings say so."""
         rows = super().negative()
         if self.options.negative_prompt is None and self.pipe.config.force_zeros_for_empty_prompt:
-            rows |= {name: torch.zeros_like(rows[name]) for name in ("text", "pooled")}
+            # of tokens, what is read of them is
+            rows |= {name: torch.zeros_like(rows[name]) for name in ("text", "pooled", "kept") if name in rows}
         return rows
 
     def embed(self, prompts: Sequence[str], device: torch.device) -> Rows:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from difftilt.card import Card
 from difftilt.errors import UserError
-from difftilt.models.diffusers.adapter import Adapter, Backbone
+from difftilt.models.diffusers.adapter import Adapter
+from difftilt.models.diffusers.backbone import Backbone
 from difftilt.models.diffusers.schedules import Schedule
 from difftilt.models.diffusers.texts import Rows
 

@@ -116,9 +116,10 @@ class GenEval(PretrainedReward):
         return seen
 
     def _requests(self, samples: Samples, row: int) -> Requests:
-        if "include" not in samples.metadata:
+        known = {key: samples.metadata[key][row] for key in ("include", "exclude", "tag") if key in samples.metadata}
+        values = {key: value for key, value in known.items() if value is not None}  # lines have different keys
+        if "include" not in values:
             return parse_requests(samples.prompts[row], set(self.names.values()))
-        values = {key: column[row] for key, column in samples.metadata.items() if key in ("include", "exclude", "tag")}
         wanted = read_requests(values, samples.prompts[row])
         for thing in (*(one.thing for one in wanted.include), *wanted.exclude):
             if thing not in self.names.values():

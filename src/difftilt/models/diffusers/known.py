@@ -1,0 +1,61 @@
+"""Known pixels: the image and the mask that a prompt names, as an inpainting pipeline is told of them.
+
+A prompt names files in its metadata,
+``{"prompt": "a vase", "image": "room.png", "mask_image": "spot.png"}``; the mask is
+where something new is to be drawn.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from difftilt.errors import UserError
+
+IMAGE, MASK = "image", "mask_image"
+"""Names in the metadata of a prompt, as the pipelines call what they take."""
+
+Encode = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch *shape"]]
+
+
+def known_pixels(
+    pipe: Any, encode: Encode, prompts: Sequence[str], size: tuple[int, int]
+) -> tuple[Float[Tensor, "batch 1 height width"], Float[Tensor, "batch *shape"]]:
+    """The masks, 1 where something new is drawn, and the latents of what is left of the images.
+
+    The pipeline itself draws these latents from the encoder's law; here they are its mode, one and the same for all
+    samples of a prompt.
+
+    Args:
+        pipe: resizes images and masks, and rounds masks to 0 and 1.
+        encode: images in [0, 1] -> latents.
+        prompts: with the paths of their images and masks.
+        size: height and width of a sample in pixels.
+
+    Raises:
+        UserError: for a prompt that names no image or no mask, and for a file that is none.
+    """
+    height, width = size
+    images = pipe.image_processor.preprocess([_opened(one, IMAGE) for one in prompts], height=height, width=width)
+    masks = pipe.mask_processor.preprocess([_opened(one, MASK) for one in prompts], height=height, width=width)
+    with torch.no_grad():
+        return masks, encode((images * (masks < 0.5)) / 2 + 0.5)
+
+
+def _opened(prompt: str, name: str) -> Image.Image:
+    metadata = cast(Mapping[str, Any], getattr(prompt, "metadata", {}))
+    path = metadata.get(name)
+    if not isinstance(path, str):
+        said = f"is {path!r}" if name in metadata else "is missing"
+        raise UserError(
+            f"prompt {prompt[:60]!r}: an inpainting pipeline needs the paths of an image and of a mask, and {name!r} "
+            f'{said}: give them with the prompt, as in {{"prompt": ..., "{IMAGE}": PATH, "{MASK}": PATH}}'
+        )
+    try:
+        return Image.open(Path(path).expanduser()).convert("L" if name == MASK else "RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"prompt {prompt[:60]!r}: {name} {path!r} cannot be read as a picture ({error})") from error

@@ -1,0 +1,124 @@
+"""Inpainting: the network is told of an image and a mask, as the stock pipeline tells it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import difftilt
+from difftilt.errors import UserError
+from difftilt.models.denoiser import denoiser
+from difftilt.models.diffusers import PipelineOptions, adapt
+from difftilt.models.protocol import Stateful
+from difftilt.rewards.prompts import Prompt
+from difftilt.rewards.protocol import Samples
+from difftilt.sampling.solvers import EulerSolver
+from pipelines import PROMPTS, flux, stable_diffusion_inpaint, stable_diffusion_xl, start_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+
+FAMILIES: dict[str, tuple[Callable[[], Any], int, float]] = {
+    "sd": (stable_diffusion_inpaint, 16, 7.5),
+    "sdxl": (lambda: stable_diffusion_xl(inpaint=True), 16, 7.5),
+    "flux-fill": (lambda: flux(fill=True), 16, 30.0),
+}
+"""Name -> pipeline, side of a sample in pixels, guidance."""
+
+
+def pictured(folder: Path, side: int = 24) -> list[Prompt]:
+    """Prompts with images of noise and with masks of their lower halves, larger than a sample."""
+    draw, found = np.random.default_rng(0), list[Prompt]()
+    for number, text in enumerate(PROMPTS):
+        image, mask = folder / f"{number}.png", folder / f"{number}-mask.png"
+        Image.fromarray(draw.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(image)
+        half = np.zeros((side, side), dtype=np.uint8)
+        half[side // 2 + number :] = 255
+        Image.fromarray(half).save(mask)
+        found.append(Prompt(text, {"image": str(image), "mask_image": str(mask)}))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_sampling_equals_the_stock_pipelines_and_depends_on_image_and_mask(family: str, tmp_path: Path) -> None:
+    make, side, guidance = FAMILIES[family]
+    pipe, prompts = make(), pictured(tmp_path)
+    options = PipelineOptions(steps=4, guidance=guidance, height=side, width=side, cache="off")
+    adapter = adapt(pipe, options)
+    model, condition = adapter.model, adapter.model.encode(prompts)
+    assert isinstance(condition, Stateful)
+    noise = start_of(model.shape)
+    denoise = denoiser(model, guidance=adapter.guidance)
+    ours = model.decode(EulerSolver()(denoise, model.process.prior(noise), condition, adapter.schedule.grid))
+    images, masks = ([Image.open(one.metadata[name]) for one in prompts] for name in ("image", "mask_image"))
+    # the pipeline would draw the latents of the images from the encoder's law
+    law = "diffusers.models.autoencoders.vae.DiagonalGaussianDistribution"
+    with patch(f"{law}.sample", lambda self, generator=None: self.mode()):
+        stock = pipe(
+            list(map(str, prompts)),
+            image=images,
+            mask_image=masks,
+            latents=adapter.packed(noise.clone()),
+            height=side,
+            width=side,
+            num_inference_steps=4,
+            guidance_scale=guidance,
+            strength=1.0,
+            output_type="pt",
+        ).images
+    assert float((ours - stock).abs().max()) < 1e-4
+    swapped = Stateful(condition.condition, {"known": condition.state["known"].flip(0)})
+    other = model.decode(EulerSolver()(denoise, model.process.prior(noise), swapped, adapter.schedule.grid))
+    assert float((ours - other).abs().max()) > 1e-3
+
+
+def redness(samples: Samples) -> torch.Tensor:
+    return samples.media[:, 0].flatten(1).mean(1)
+
+
+def test_training_and_steering_see_the_image_of_each_prompt(tmp_path: Path) -> None:
+    """Texts alike with other images are other prompts."""
+    images = [one.metadata for one in pictured(tmp_path)]
+    prompts = [{"prompt": "a red cat", **metadata} for metadata in images]
+    options = {"steps": 3, "height": 16, "width": 16, "cache": "off"}
+    steered = difftilt.steer(
+        stable_diffusion_inpaint(), redness, prompts, method="best-of-n", particles=2, pipeline=options, forward_batch=4
+    )
+    assert len(steered.steered.media) == 4
+    settings: dict[str, Any] = {"method.groups": 2, "method.group_size": 2, "training.forward_batch": 4}
+    settings |= {"training.evaluation_samples": 2, "training.optimizer.lr": 1e-3}
+    result = difftilt.train(
+        stable_diffusion_inpaint(),
+        tmp_path / "run",
+        reward=redness,
+        prompts=prompts,
+        iterations=1,
+        pipeline=options,
+        **settings,
+    )
+    one, other = (result.run.encode([prompt]).state["known"] for prompt in result.run.task.prompts)
+    assert not torch.equal(one, other)
+
+
+def test_a_network_that_does_not_see_the_mask_is_refused() -> None:
+    with pytest.raises(UserError, match="does not see the mask"):
+        adapt(stable_diffusion_inpaint(channels=4))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({}, "'image' is missing"),
+        ({"image": "here.png"}, "'here.png' cannot be read as a picture"),
+        ({"image": 3}, "'image' is 3"),
+    ],
+)
+def test_a_prompt_without_a_readable_image_is_named(metadata: dict[str, Any], said: str) -> None:
+    model = adapt(stable_diffusion_inpaint(), PipelineOptions(cache="off")).model
+    with pytest.raises(UserError, match=said):
+        model.encode([Prompt("a vase", metadata)])
