@@ -194,8 +194,8 @@ def test_pairs_are_groups_of_two_and_exchanged_they_turn_the_gradient_around(tmp
         torch.testing.assert_close(task.data.x_0[:2], level[:, None, None, None].expand(2, 1, 8, 8))
         assert task.data.rewards[:4].tolist() == [1, 0, 1, 0]
         found.append(gradient("gdro", task, **DPO))
-    # at the reference both implicit rewards are 0: the gradient of log(1 + exp(s_lost - s_won)) is half the difference of
-    # theirs; float32 sums of squares of two nearly equal sizes are left over
+    # at the reference both implicit rewards are 0: the gradient of log(1 + exp(s_lost - s_won)) is half the difference
+    # of theirs; float32 sums of squares of two nearly equal sizes are left over
     assert found[0].norm() > 0
     assert (found[0] + found[1]).norm() < 1e-3 * found[0].norm()
 
