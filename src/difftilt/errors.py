@@ -20,3 +20,15 @@ class GuardError(RuntimeError):
     """Something that theory promises does not hold in this run (a ratio that is not one, a term without gradient)."""
 
     exit_code = 4
+
+
+def quoted(text: str, most: int = 120) -> str:
+    """A text of any origin in quotes: control characters and marks of direction escaped, long ones cut."""
+    shown = repr(str(text[: 2 * most]))
+    return shown if len(shown) <= most and len(text) <= most else f"{shown[: most - 1]}...{shown[0]}"
+
+
+def printable(text: str, most: int = 400) -> str:
+    """The same without quotes, for tables on a terminal."""
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[:most])
+    return shown if len(text) <= most else f"{shown}..."

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from difftilt.checks.proof import Result
 from difftilt.config import Config
-from difftilt.errors import UserError
+from difftilt.errors import UserError, printable
 from difftilt.leaves import ROOMS, Leaf, cards, load, nearest
 from difftilt.recipes.fitting import FitResult
 from difftilt.recipes.loading import packaged, read
@@ -104,13 +104,20 @@ def steer_report(summary: Mapping[str, Any]) -> RenderableType:
         log_z = "" if row["log_z"] is None else f"{row['log_z']:.4g}"
         numbers = (f"{row['reward_best']:.4g}", f"{row['reward_mean']:.4g}", log_z)
         ancestors = str(row["ancestors"][-1]) if row["ancestors"] else ""
-        table.add_row(Text(row["prompt"]), *numbers, ancestors, *(Text(row[key]) for key in ("text",) if key in row))
+        table.add_row(
+            Text(printable(row["prompt"])),
+            *numbers,
+            ancestors,
+            *(Text(printable(row[key])) for key in ("text",) if key in row),
+        )
     rest = len(summary["prompts"]) - SHOWN
     more = [Text(f"and {rest} more prompts")] if rest > 0 else []
     best = ", ".join(f"{name} {value:.4g}" for name, value in summary["best"].items())
     cost = ", ".join(f"{name} {count}" for name, count in summary["ledger"].items())
     invalid = sum(row["invalid"] or 0 for row in summary["prompts"])
     more += [Text(f"{invalid} samples were invalid or had no score; they were never chosen")] if invalid else []
+    equal = summary["equal"]
+    more += [Text(f"all samples of {equal} prompts have the same reward: nothing was chosen there")] if equal else []
     more += [] if summary["complete"] else [Text("ended early: this is what the finished rounds found")]
     return Group(table, *more, Text(f"best sample of each prompt, mean: {best}"), Text(f"cost: {cost}"))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difftilt.card import Card
-from difftilt.errors import UserError
+from difftilt.errors import UserError, quoted
 from difftilt.leaves import nearest
 from difftilt.models.layers import Attention, linear, table
 
@@ -56,9 +56,9 @@ class TextEncoder(nn.Module):
             strange = [word for word in words if word not in self.places]
             if strange:
                 close = nearest(strange[0], self.places)
-                raise UserError(f"prompt {prompt!r}: {strange[0]!r} is not in the vocabulary; {close}")
+                raise UserError(f"prompt {quoted(prompt)}: {quoted(strange[0])} is not in the vocabulary; {close}")
             if len(words) > self.length:
-                raise UserError(f"prompt {prompt!r} has {len(words)} words; the text encoder reads {self.length}")
+                raise UserError(f"prompt {quoted(prompt)} has {len(words)} words; the text encoder reads {self.length}")
             row[: len(words)] = torch.tensor([self.places[word] for word in words], dtype=torch.int64)
         return rows
 

@@ -54,7 +54,8 @@ class SteerResult:
     def summary(self) -> dict[str, Any]:
         """Plain values: for each prompt best and weighted mean reward, log Z and how many lineages are left.
 
-        Where samples have strings, also that of the best one, ``text``.
+        Where samples have strings, also that of the best one, ``text``. ``equal`` counts the prompts all of whose
+        samples have one reward.
         """
         rows = _rows(self.steered, self.prompts)
         if self.look.text is not None:
@@ -66,6 +67,7 @@ class SteerResult:
             "ledger": asdict(self.steered.ledger),
             "seconds": self.seconds,
             "complete": self.steered.complete,
+            "equal": equal_rewards(self.steered),
         }
 
     def save(self, config: str, output: Path) -> None:
@@ -117,6 +119,14 @@ def best_scores(task: Task, prompts: Sequence[str], steered: Steered) -> dict[st
     scores = {name: evaluate(reward, samples, Ledger()).total for name, reward in instance.items()}
     scores = {"reward": steered.rewards[steered.best], **scores}
     return {name: float(values.double().mean()) for name, values in scores.items()}
+
+
+def equal_rewards(steered: Steered) -> int:
+    """Prompts with at least two samples that have a score, all of one score: the reward chose nothing there."""
+    scored = [
+        steered.rewards[(steered.group == prompt) & ~steered.rewards.isnan()] for prompt in range(len(steered.best))
+    ]
+    return sum(len(mine) > 1 and bool(mine.amax() == mine.amin()) for mine in scored)
 
 
 def _rows(steered: Steered, prompts: Sequence[str]) -> list[dict[str, Any]]:

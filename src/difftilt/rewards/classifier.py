@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from difftilt.card import Card
+from difftilt.errors import quoted
 from difftilt.rewards.protocol import Capabilities, Samples
 
 CARD = Card(
@@ -59,5 +60,7 @@ class ClassifierReward:
         if not isinstance(self.target, Mapping):
             return self.target(prompt)
         if prompt not in self.target:
-            raise ValueError(f"no class for the prompt {prompt!r}; known prompts: {', '.join(sorted(self.target))}")
+            raise ValueError(
+                f"no class for the prompt {quoted(prompt)}; known prompts: {', '.join(sorted(self.target))}"
+            )
         return self.target[prompt]

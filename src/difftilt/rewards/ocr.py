@@ -18,7 +18,7 @@ from torch import Tensor
 
 from difftilt.card import Card
 from difftilt.config import Config as BaseConfig
-from difftilt.errors import UserError
+from difftilt.errors import UserError, quoted
 from difftilt.leaves import import_module
 from difftilt.rewards.media import images_in
 from difftilt.rewards.pictures import as_pictures
@@ -117,7 +117,7 @@ def wanted_texts(samples: Samples, key: str = "text") -> list[str]:
     for prompt, text in zip(samples.prompts, texts, strict=True):
         if not text.strip():
             raise UserError(
-                f"ocr: prompt {prompt!r} quotes no words, as in 'a sign that says \"open\"', and has no {key}"
+                f"ocr: prompt {quoted(prompt)} quotes no words, as in 'a sign that says \"open\"', and has no {key}"
             )
     return texts
 

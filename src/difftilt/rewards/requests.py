@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from difftilt.errors import UserError
+from difftilt.errors import UserError, quoted
 from difftilt.rewards.scenes import RELATIONS
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -73,10 +73,10 @@ def read_requests(values: Mapping[str, Any], prompt: str) -> Requests:
         include = tuple(_request(one) for one in values["include"])
         exclude = {canonical(str(one["class"])): int(one["count"]) for one in values.get("exclude", ())}
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"geneval: the metadata of prompt {prompt!r} has no class and count: {error}") from error
+        raise UserError(f"geneval: the metadata of prompt {quoted(prompt)} has no class and count: {error}") from error
     for place, one in enumerate(include):
         if one.relation is not None and (one.relation not in RELATIONS or not 0 <= one.target < place):
-            raise UserError(f"geneval: prompt {prompt!r}: no relation {one.relation!r} to request {one.target}")
+            raise UserError(f"geneval: prompt {quoted(prompt)}: no relation {one.relation!r} to request {one.target}")
     return Requests(include, exclude, values.get("tag") == "counting")
 
 
@@ -117,8 +117,9 @@ def _group(text: str, prompt: str, things: Collection[str]) -> Request:
     thing = next((form for form in map(canonical, _singular(name)) if form in things), None)
     if not count or thing is None:
         raise UserError(
-            f"geneval: prompt {prompt!r}: {text!r} is not a number, a colour where one is wanted, and something that "
-            "the detector knows, as in 'two red cars'; give the requests as metadata (include, exclude) instead"
+            f"geneval: prompt {quoted(prompt)}: {quoted(text)} is not a number, a colour where one is wanted, "
+            "and something that the detector knows, as in 'two red cars'; give the requests as metadata (include, "
+            "exclude) instead"
         )
     return Request(thing, count, colour)
 

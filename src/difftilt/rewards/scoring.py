@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from difftilt.errors import RewardError, UserError
+from difftilt.errors import RewardError, UserError, quoted
 from difftilt.models.ledger import Ledger
 from difftilt.rewards.compose import WeightedSum, to_members
 from difftilt.rewards.protocol import Reward, Samples, Scores, SetReward
@@ -215,4 +215,4 @@ def _check_finite(name: str, scores: Tensor, samples: Samples, labels: Sequence[
 def _describe(place: int, value: float, samples: Samples, labels: Sequence[int] | None) -> str:
     if labels is not None:
         return f"group {labels[place]} is {value}"
-    return f"row {place} (prompt {samples.prompts[place]!r}) is {value}"
+    return f"row {place} (prompt {quoted(samples.prompts[place])}) is {value}"

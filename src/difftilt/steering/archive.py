@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difftilt.errors import RewardError, UserError
+from difftilt.errors import RewardError, UserError, quoted
 from difftilt.leaves import nearest
 from difftilt.models.ledger import Ledger
 from difftilt.rewards.compose import WeightedSum
@@ -201,7 +201,7 @@ class Archives:
             lost = int((sizes == 0).nonzero()[0])
             every, missing = int(self.invalid[lost]), int(self.missing[lost])
             raise RewardError(
-                f"none of the {every} sequences of prompt {self.scorer.prompts[lost]!r} has all scores "
+                f"none of the {every} sequences of prompt {quoted(self.scorer.prompts[lost])} has all scores "
                 f"({every - missing} are invalid, {missing} valid ones miss a score): use more iterations or children, "
                 "or a better base model"
             )

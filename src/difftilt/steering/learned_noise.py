@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from difftilt.errors import UserError
+from difftilt.errors import UserError, quoted
 from difftilt.sampling.diagonal import DiagonalGaussian
 from difftilt.trees import take
 
@@ -40,8 +40,8 @@ class Learned:
             mine = [row for row, known in enumerate(self.prompts) if known == prompt]
             if not mine:
                 raise UserError(
-                    f"no noise was learned for the prompt {prompt!r}: name it in steering.prompts of `difftilt train`, "
-                    "or steer without a fit"
+                    f"no noise was learned for the prompt {quoted(prompt)}: name it in steering.prompts of `difftilt "
+                    "train`, or steer without a fit"
                 )
             found.append(mine[prompts[:place].count(prompt) % len(mine)])
         own = tuple(self.policy.mean.shape[1:])

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from difftilt.config import Config
-from difftilt.errors import RewardError
+from difftilt.errors import RewardError, quoted
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
@@ -161,7 +161,7 @@ class LearnsNoise(ABC):
         known = torch.where(rewards.isnan(), -torch.inf, rewards.double())
         missing, count = rewards.isnan().sum(1), len(prompts)
         for prompt in [prompt for prompt, lost in zip(prompts, missing.tolist(), strict=True) if lost == size]:
-            raise RewardError(f"all {size} fresh samples of prompt {prompt!r} have no reward: mend the reward")
+            raise RewardError(f"all {size} fresh samples of prompt {quoted(prompt)} have no reward: mend the reward")
         return Steered(
             x_0=x_0,
             media=samples.media,

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from difftilt.config import Config
-from difftilt.errors import RewardError
+from difftilt.errors import RewardError, quoted
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser
 from difftilt.rewards.protocol import Reward
@@ -140,7 +140,7 @@ class Search:
         if len(lost):
             shown = self.scorer.prompts[int(lost[0])]
             raise RewardError(
-                f"all {int(self.invalid[lost[0]])} rewards of prompt {shown!r} are missing (of {len(lost)} of "
+                f"all {int(self.invalid[lost[0]])} rewards of prompt {quoted(shown)} are missing (of {len(lost)} of "
                 f"{len(self.best)} prompts): there is nothing to search for; mend the reward"
             )
 

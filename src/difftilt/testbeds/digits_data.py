@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from difftilt.errors import UserError
+from difftilt.errors import UserError, quoted
 from difftilt.sampling.noise import Noise
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -43,7 +43,7 @@ def labels_of(prompts: Sequence[str]) -> Int[Tensor, " prompts"]:
     known = {prompt: label for label, prompt in enumerate(all_prompts())}
     strange = [prompt for prompt in prompts if prompt not in known]
     if strange:
-        raise UserError(f"{strange[0]!r} is no prompt of the digits: say 'thin' or 'bold' and a digit in words")
+        raise UserError(f"{quoted(strange[0])} is no prompt of the digits: say 'thin' or 'bold' and a digit in words")
     return torch.tensor([known[prompt] for prompt in prompts], dtype=torch.int64)
 
 

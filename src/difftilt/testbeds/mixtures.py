@@ -15,7 +15,7 @@ from torch import Tensor
 
 from difftilt.card import Card
 from difftilt.config import Config as BaseConfig
-from difftilt.errors import UserError
+from difftilt.errors import UserError, quoted
 from difftilt.models.mixture import GaussianMixture, MixtureVelocity, Tilted
 from difftilt.models.protocol import GenerativeModel
 from difftilt.process.gaussian import GaussianProcess, RectifiedFlow, VariancePreserving
@@ -208,7 +208,9 @@ class Mixtures:
         known = {f"class {label}": label for label in range(self.config.classes)}
         strange = [prompt for prompt in prompts if prompt not in known]
         if strange:
-            raise UserError(f"{strange[0]!r} is no prompt of this mixture: say 'class 0' to 'class {len(known) - 1}'")
+            raise UserError(
+                f"{quoted(strange[0])} is no prompt of this mixture: say 'class 0' to 'class {len(known) - 1}'"
+            )
         return torch.tensor([known[prompt] for prompt in prompts], dtype=torch.int64)
 
     def _null(self, rows: int) -> Int[Tensor, " rows"]:

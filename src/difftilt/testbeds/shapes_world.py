@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from difftilt.errors import UserError
+from difftilt.errors import UserError, quoted
 from difftilt.rewards.scenes import RELATIONS, related
 
 CELL = 8
@@ -112,13 +112,15 @@ def parse(prompt: str) -> Wish:
     words = prompt.split()
     for place, word in enumerate(words):
         if word not in WORDS:
-            raise UserError(f"prompt {prompt!r}: {word!r} is not in the vocabulary; {_instead(words, place)}")
+            raise UserError(
+                f"prompt {quoted(prompt)}: {quoted(word)} is not in the vocabulary; {_instead(words, place)}"
+            )
     for joint in ("and", *RELATIONS):
         first, found, second = f" {' '.join(words)} ".partition(f" {joint} ")
         if found:
             kinds = (_kind(first.split(), prompt), _kind(second.split(), prompt))
             if kinds[0].colour == kinds[1].colour and kinds[0].shape == kinds[1].shape:
-                raise UserError(f"prompt {prompt!r}: the two groups must differ in colour or shape")
+                raise UserError(f"prompt {quoted(prompt)}: the two groups must differ in colour or shape")
             return Wish(kinds, None if joint == "and" else joint)
     return Wish((_kind(words, prompt),))
 
@@ -131,7 +133,7 @@ def _instead(words: Sequence[str], place: int) -> str:
     """What to write for an unknown word: a close one that fits its place in the prompt, else all that fit there."""
     word = words[place]
     if word.lower() in WORDS:
-        return f"prompts are in lower case: {word.lower()!r}"
+        return f"prompts are in lower case: {quoted(word.lower())}"
     joints = [i for i in range(place) if words[i] in _JOINTS]
     group = words[joints[-1] + 1 if joints else 0 :]
     role, fitting = _role(len(words) - len(group), place, group)
@@ -161,9 +163,9 @@ def _kind(words: Sequence[str], prompt: str) -> Kind:
         if count > 1 and shape[:-1] in SHAPES:
             return Kind(count, words[1], shape[:-1])
     raise UserError(
-        f"prompt {prompt!r}: {' '.join(words)!r} names no group; a group is a number, a colour and a shape, as in "
-        "'a red circle' or 'two blue squares', and a prompt is one group, or two with 'and', 'left of', 'right of', "
-        "'above' or 'below' between"
+        f"prompt {quoted(prompt)}: {quoted(' '.join(words))} names no group; a group is a number, a colour and a "
+        "shape, as in 'a red circle' or 'two blue squares', and a prompt is one group, or two with 'and', 'left of', "
+        "'right of', 'above' or 'below' between"
     )
 
 

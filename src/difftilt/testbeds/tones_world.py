@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from difftilt.errors import UserError
+from difftilt.errors import UserError, quoted
 from difftilt.leaves import nearest
 
 RATE = 4000
@@ -139,10 +139,12 @@ def parse(prompt: str) -> Wish:
         case words:
             for word in words:
                 if word not in WORDS:
-                    raise UserError(f"prompt {prompt!r}: {word!r} is not in the vocabulary; {nearest(word, WORDS)}")
+                    raise UserError(
+                        f"prompt {quoted(prompt)}: {quoted(word)} is not in the vocabulary; {nearest(word, WORDS)}"
+                    )
     raise UserError(
-        f"prompt {prompt!r} names no chord; prompts are like 'A major', 'a chord on A', 'a consonant chord on A', "
-        "'a dissonant chord on A', or empty"
+        f"prompt {quoted(prompt)} names no chord; prompts are like 'A major', 'a chord on A', 'a consonant chord on "
+        "A', 'a dissonant chord on A', or empty"
     )
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from difftilt.config import Config, Problems
-from difftilt.errors import UserError
+from difftilt.errors import UserError, quoted
 from difftilt.models.protocol import GenerativeModel
 from difftilt.process.protocol import Condition
 from difftilt.rewards.pictures import ENDINGS, as_image, read_image
@@ -241,7 +241,7 @@ def groups_of(task: Task, pairs: Sequence[Pair]) -> Experience:
     if strange:
         raise UserError(
             f"{len(strange)} of {len(pairs)} pairs have prompts that are no training prompts of {task.name!r}, the "
-            f"first is {strange[0].where}, {strange[0].prompt!r:.80}: name the file of pairs as prompts as well"
+            f"first is {strange[0].where}, {quoted(strange[0].prompt)}: name the file of pairs as prompts as well"
         )
     members = [member for pair in pairs for member in (pair.chosen, pair.rejected)]
     places = torch.tensor([known[pair.prompt] for pair in pairs]).repeat_interleave(2)

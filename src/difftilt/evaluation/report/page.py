@@ -5,6 +5,7 @@ The file needs no network and no script, all text of users is escaped, and the s
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ MARK = '<meta name="generator" content="difftilt'
 """In the head of every report: a file without it is not overwritten."""
 
 _HEAD = 1000
+
+
+UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and marks that turn the direction of what follows: shown as their numbers."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def render(records: Sequence[RunRecord], file: Path, notes: Sequence[str]) -> st
         unseen=views.unseen,
     )
     # names of files may hold bytes that are no text at all
-    return page.encode("utf-8", "replace").decode("utf-8")
+    return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", page.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _card(record: RunRecord, place: int) -> Card:

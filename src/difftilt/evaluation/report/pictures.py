@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from difftilt.config import Problems
-from difftilt.errors import UserError
+from difftilt.errors import UserError, printable
 from difftilt.evaluation.report.charts import Cloud, limits_of, scatter_chart
 from difftilt.evaluation.report.reading import RunRecord
 from difftilt.evaluation.report.samples import Gallery, Particles, Stage, kind_of
@@ -123,7 +123,7 @@ def _trained(members: Sequence[tuple[int, Gallery]], number: int) -> Pictures:
         return Pictures(runs, note + _two_of(gallery.stages[0].media), plots=_stage_plots(stages, number))
     texts = zip(gallery.prompts, gallery.heldout, strict=True)
     found = [
-        Prompt(text, heldout, _strips(stages, slice(i * gallery.size, (i + 1) * gallery.size), gallery))
+        Prompt(printable(text), heldout, _strips(stages, slice(i * gallery.size, (i + 1) * gallery.size), gallery))
         for i, (text, heldout) in enumerate(texts)
     ]
     return Pictures(runs, note, found[:SHOWN], found[SHOWN:])
@@ -200,7 +200,7 @@ def _steered(place: int, record: RunRecord, particles: Particles, number: int) -
         return Pictures([place], note, plots=[Plot("steered", place, False, chart)])
     unseen = _unseen(record)
     prompts = [
-        Prompt(text := _caption(record, group), text in unseen, _particle_strips(particles, group, place))
+        Prompt(printable(text := _caption(record, group)), text in unseen, _particle_strips(particles, group, place))
         for group in range(min(len(particles.best), STEERED))
     ]
     note = f"{count}, in order of weight." + (f" The first {PARTICLES} are shown." if counts.max() > PARTICLES else "")
