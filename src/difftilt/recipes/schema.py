@@ -11,13 +11,14 @@ from pydantic import Field
 from difftilt.config import Config, Problems, dump
 from difftilt.errors import UserError
 from difftilt.leaves import nearest
+from difftilt.models.execution import Execution
 from difftilt.recipes.loading import read
 from difftilt.recipes.parts import Part, read_part
 from difftilt.steering.budget import Budget
 from difftilt.training.config import Device, TrainingConfig
 
 
-class SteeringConfig(Config):
+class SteeringConfig(Execution):
     """One call of a steerer."""
 
     seed: int = Field(default=0, ge=0)

@@ -1,11 +1,12 @@
 """Configuration that every training method shares."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, Field
 
 from difftilt.config import Config
+from difftilt.models.execution import Execution
 from difftilt.models.lora import LoraSettings
 from difftilt.training.monitors import MonitorConfig
 
@@ -38,7 +39,7 @@ class OptimizerConfig(Config):
     """The gradient of an update is scaled down to this norm."""
 
 
-class TrainingConfig(Config):
+class TrainingConfig(Execution):
     """One run of the loop."""
 
     iterations: int = Field(default=100, ge=1)
@@ -62,6 +63,11 @@ class TrainingConfig(Config):
     """Older checkpoints are removed."""
     device: Device = "cpu"
     """Torch device of the network."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into the network's blocks, and evaluate each block again in the backward pass: less memory,
+    one more forward pass."""
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the rows of ``metrics.jsonl`` and the pictures go as well: TensorBoard, Weights & Biases, or both."""
     monitors: MonitorConfig = MonitorConfig()
     """Thresholds at which the monitors speak."""
 

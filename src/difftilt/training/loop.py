@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from difftilt.errors import UserError
+from difftilt.models.execution import enable_checkpointing
 from difftilt.models.lora import roles_of
 from difftilt.models.protocol import Lagging, Roles, RoleSpec, Trained
 from difftilt.sampling.noise import Noise
@@ -232,8 +233,11 @@ def assemble(
         if not isinstance(spec, Lagging) and spec.network is not None:
             spec.network.to(device)
     model.network.to(device)
+    if config.activation_checkpointing:
+        enable_checkpointing(model.network, "training.activation_checkpointing")
     roles = roles_of(model, specs, config.lora, config.seed)
-    run = LoopRun(replace(task, model=model), roles, world, Noise(config.seed), config.forward_batch, device)
+    noise, execution = Noise(config.seed), config.execution
+    run = LoopRun(replace(task, model=model), roles, world, noise, config.forward_batch, device, execution)
     trained: dict[str, Mapping[str, Any]] = {"current": {}}
     trained |= {name: spec.optimizer for name, spec in specs.items() if isinstance(spec, Trained)}
     defaults = config.optimizer.model_dump()
