@@ -214,7 +214,7 @@ def test_gradients_are_equal_and_less_is_kept(make: Callable[[], nn.Module], giv
 def test_networks_of_pipelines_do_the_same(family: str) -> None:
     results: list[tuple[int, Tensor]] = []
     for checkpointing in (False, True):
-        size = {"frames": 5, "height": 16, "width": 16} if family == "wan" else {}
+        size: dict[str, Any] = {"frames": 5, "height": 16, "width": 16} if family == "wan" else {}
         adapter = adapt(getattr(pipelines, family)(), PipelineOptions(cache="off", steps=2, **size))
         if checkpointing:
             enable_checkpointing(adapter.network, SECTION)

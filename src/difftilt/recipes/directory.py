@@ -15,10 +15,17 @@ CONFIG = "config.yaml"
 """The resolved recipe of the run."""
 
 MAY_CHANGE = frozenset(
-    {"training.iterations", "training.keep_checkpoints", "reward.url", "reward.timeout", "reward.retries"}
+    {
+        "training.iterations",
+        "training.keep_checkpoints",
+        "training.track",
+        "reward.url",
+        "reward.timeout",
+        "reward.retries",
+    }
 )
-"""What a resumed run may set anew without becoming another run: it goes on for longer, keeps more, or asks a reward
-server that has moved."""
+"""What a resumed run may set anew without becoming another run: it goes on for longer, keeps more, is told to other
+programs, or asks a reward server that has moved."""
 
 
 def check_output(output: Path, recipe: Recipe, *, resume: bool) -> None:
