@@ -9,6 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from difftilt.errors import UserError
+from difftilt.models.execution import PLAIN, Execution, compile_network
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import GenerativeModel, Network, Stateful
 from difftilt.models.shards import COMPUTES_ON
@@ -78,6 +79,8 @@ class NetworkDenoiser:
         null_condition: number of rows -> condition of the unconditional branch.
         forward_batch: the network is only ever called with this many rows, best a multiple of 32 (:func:`in_chunks`);
             None calls it with what comes.
+        execution: precision of the network, and whether it is compiled; with ``bf16`` the raw output is raised to
+            float32 before anything is made of it.
     """
 
     network: Network
@@ -87,6 +90,7 @@ class NetworkDenoiser:
     guidance: float = 1.0
     null_condition: Callable[[int], Condition] | None = None
     forward_batch: int | None = None
+    execution: Execution = PLAIN
 
     def __post_init__(self) -> None:
         if self.guidance != 1 and self.null_condition is None:
@@ -96,6 +100,7 @@ class NetworkDenoiser:
             )
         if self.forward_batch is not None and self.forward_batch < 1:
             raise UserError(f"forward_batch must be at least 1 (or left out), got {self.forward_batch}")
+        compile_network(self.network, self.execution)
 
     def prepare(
         self, x_t: Shaped[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition
@@ -104,7 +109,8 @@ class NetworkDenoiser:
         own: Callable[[Tensor, Tensor, Condition], Condition] | None = getattr(self.network, "prepare", None)
         if own is None:
             return condition
-        return in_chunks(own, x_t, _network_time(x_t, t), condition, self.forward_batch)
+        with self.execution.autocast(x_t.device):
+            return in_chunks(own, x_t, _network_time(x_t, t), condition, self.forward_batch)
 
     def __call__(
         self, x_t: Shaped[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition
@@ -119,7 +125,9 @@ class NetworkDenoiser:
         return prediction if refine is None or guided else refine(prediction, branch)
 
     def _evaluate(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return in_chunks(self.network, x_t, _network_time(x_t, t), condition, self.forward_batch)
+        with self.execution.autocast(x_t.device):
+            output = in_chunks(self.network, x_t, _network_time(x_t, t), condition, self.forward_batch)
+        return output if self.execution.precision == "fp32" else at_least_float32(output)
 
     def _guided(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         null = self._unconditional(condition, len(x_t))
@@ -151,6 +159,7 @@ def denoiser(
     ledger: Ledger | None = None,
     guidance: float = 1.0,
     forward_batch: int | None = None,
+    execution: Execution = PLAIN,
 ) -> NetworkDenoiser:
     """The denoiser of ``model``, or of another ``network`` (another role) in its place.
 
@@ -160,6 +169,7 @@ def denoiser(
         ledger: shared with other parts of a run; None starts a new one.
         guidance: scale of classifier-free guidance; 1 is off.
         forward_batch: rows of every network call; None does not pad.
+        execution: precision and compilation.
     """
     return NetworkDenoiser(
         network=model.network if network is None else network,
@@ -169,6 +179,7 @@ def denoiser(
         guidance=guidance,
         null_condition=model.null_condition,
         forward_batch=forward_batch,
+        execution=execution,
     )
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from difftilt.card import Card
 from difftilt.errors import UserError
-from difftilt.models.layers import Block, Head, Modulation, linear, table, time_features
+from difftilt.models.layers import Block, Blockwise, Head, Modulation, linear, table, time_features
 from difftilt.process.protocol import Condition
 
 CARD = Card(
@@ -22,7 +22,7 @@ CARD = Card(
 _SMALLEST_TIME = 0.05
 
 
-class DiT(nn.Module):
+class DiT(Blockwise):
     """Patches of an image as tokens; output of the image's shape, zero before training (see ``form``).
 
     The condition is a mapping with the parts that the network was built for: ``label`` (batch,) int64, where
@@ -96,7 +96,7 @@ class DiT(nn.Module):
         modulation = self.modulation(vector)
         text, keep = (given.get("text"), given.get("text_keep")) if self.reads_text else (None, None)
         for block in self.blocks:
-            tokens = block(tokens, modulation, text, keep)
+            tokens = self.through(block, tokens, modulation, text, keep)
         image = self.head(tokens, vector).transpose(1, 2).reshape(patches.shape)
         output = F.pixel_shuffle(image, self.patch)
         if self.form == "direct":

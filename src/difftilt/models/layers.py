@@ -1,6 +1,8 @@
 """Layers that the small networks share. Weights come from a generator: building a network touches nothing global."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -105,6 +107,27 @@ class Block(nn.Module):
         if self.across is not None and text is not None:
             x = x + self.across(_norm(x), text, keep)
         return x + gate_mlp * self.mlp(_norm(x) * (1 + scale_mlp) + shift_mlp)
+
+
+class Blockwise(nn.Module):
+    """A network whose blocks can be evaluated again in the backward pass in place of keeping what they computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._evaluate: Callable[..., Any] | None = None
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any]) -> None:
+        """Let ``gradient_checkpointing_func(block, *arguments)`` evaluate the blocks where gradients are on.
+
+        The name is that of the networks of ``diffusers``.
+        """
+        self._evaluate = gradient_checkpointing_func
+
+    def through(self, block: nn.Module, *arguments: Any) -> Tensor:
+        """The block's result."""
+        if self._evaluate is None or not torch.is_grad_enabled():
+            return block(*arguments)
+        return self._evaluate(block, *arguments)
 
 
 def _norm(x: Tensor) -> Tensor:

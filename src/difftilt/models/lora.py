@@ -8,7 +8,8 @@ further ones, and ``reference`` is the backbone with its adapters off. Layers ar
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -115,8 +116,8 @@ class Adapted(Held):
 class _Under:
     """The backbone, evaluated with one adapter whatever was evaluated before; afterwards ``current`` is on again.
 
-    With activation checkpointing a backward pass evaluates layers once more, and must find the adapter that the
-    forward pass had: so only the role that is trained on the backbone is left switched on.
+    With activation checkpointing a backward pass evaluates blocks once more; they find the adapter that the forward
+    pass had by :func:`switched`.
     """
 
     def __init__(self, held: Adapted) -> None:
@@ -124,11 +125,8 @@ class _Under:
 
     def __call__(self, *arguments: Any) -> Tensor:
         held = self._held
-        try:
-            _switch(held.module, None if held.off else held.adapter)
+        with switched(held.module, None if held.off else held.adapter):
             return held.module(*arguments)
-        finally:
-            _switch(held.module, "current")
 
     def __getattr__(self, name: str) -> Any:
         # prepare and refine of the backbone, where it has them; and parameters, which tell its device
@@ -240,6 +238,26 @@ def _weights_of(network: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
 
 def _is_adapted(layer: Any) -> bool:
     return hasattr(layer, "_active_adapter") and hasattr(layer, "_disable_adapters")
+
+
+def switched_on(network: nn.Module) -> str | None:
+    """Name of the adapter that is on; None where they are off, or the network has none."""
+    layer: Any = next(filter(_is_adapted, network.modules()), None)
+    return None if layer is None or layer._disable_adapters else layer._active_adapter[0]
+
+
+@contextmanager
+def switched(network: nn.Module, adapter: str | None) -> Generator[None, None, None]:
+    """Evaluate under an adapter, or none, whatever is on; afterwards that is on again."""
+    before = switched_on(network)
+    if before == adapter:
+        yield
+        return
+    try:
+        _switch(network, adapter)
+        yield
+    finally:
+        _switch(network, before)
 
 
 def _switch(network: nn.Module, adapter: str | None) -> None:

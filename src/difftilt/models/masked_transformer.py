@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from difftilt.card import Card
 from difftilt.errors import UserError
-from difftilt.models.layers import Block, Head, Modulation, linear, table, time_features
+from difftilt.models.layers import Block, Blockwise, Head, Modulation, linear, table, time_features
 from difftilt.process.protocol import Condition
 
 CARD = Card(
@@ -19,7 +19,7 @@ CARD = Card(
 )
 
 
-class MaskedTransformer(nn.Module):
+class MaskedTransformer(Blockwise):
     """Tokens 0..vocab-1 and the mask symbol ``vocab`` in, logits over the vocabulary out; uniform before training.
 
     Args:
@@ -77,5 +77,5 @@ class MaskedTransformer(nn.Module):
             vector = vector + self.labels[condition]
         modulation = self.modulation(vector)
         for block in self.blocks:
-            tokens = block(tokens, modulation)
+            tokens = self.through(block, tokens, modulation)
         return self.head(tokens, vector)

@@ -128,7 +128,12 @@ def run_call(call: SteerCall, progress: Progress | None = None) -> SteerResult:
     task, steering = call.task, call.steering
     if isinstance(task.model.network, nn.Module):
         task.model.network.to(steering.device)
-    denoise = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=steering.forward_batch)
+    denoise = denoiser(
+        task.model,
+        guidance=task.sampler.guidance,
+        forward_batch=steering.forward_batch,
+        execution=steering.execution,
+    )
     if steering.fitted is not None:
         load_fitted(call.steerer, Path(steering.fitted), task, call.reward)
     began = time.perf_counter()

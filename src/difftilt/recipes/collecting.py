@@ -125,7 +125,8 @@ def _run(recipe: Recipe, task: Task) -> LoopRun:
     settings = _settings(recipe)
     device = torch.device(settings.device)
     roles = CopiedRoles(cast(nn.Module, task.model.network).to(device).eval(), {})
-    return LoopRun(task, roles, World(), Noise(settings.seed), settings.forward_batch, device)
+    noise, execution = Noise(settings.seed), settings.execution
+    return LoopRun(task, roles, World(), noise, settings.forward_batch, device, execution)
 
 
 def _check_output(output: Path, plan: dict[str, Any], *, resume: bool) -> None:

@@ -21,13 +21,14 @@ MAY_CHANGE = frozenset(
         "training.sharding",
         "training.offload_weights",
         "training.offload_experience",
+        "training.track",
         "reward.url",
         "reward.timeout",
         "reward.retries",
     }
 )
 """What a resumed run may set anew without becoming another run: it goes on for longer, keeps more, lays its memory out
-in another way, or asks a reward server that has moved."""
+in another way, is told to other programs, or asks a reward server that has moved."""
 
 
 def check_output(output: Path, recipe: Recipe, *, resume: bool) -> None:

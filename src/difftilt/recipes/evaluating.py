@@ -116,7 +116,7 @@ def evaluate_recipe(recipe: Recipe, checkpoint: Path | None) -> dict[str, float]
     """
     restored, config = restore(recipe, checkpoint), recipe.training
     noise, device = Noise(config.seed), torch.device(config.device)
-    run = LoopRun(restored.task, restored.roles, World(), noise, config.forward_batch, device)
+    run = LoopRun(restored.task, restored.roles, World(), noise, config.forward_batch, device, config.execution)
     method = restored.method
     sampler = method.sampler(restored.task)
     return measure(run, method.evaluated_role, sampler, config.evaluation_samples, config.seed).numbers

@@ -78,7 +78,12 @@ def fit_recipe(recipe: Recipe, progress: Progress | None = None) -> FitResult:
     prompts = list(task.prompts) if steering.prompts is None else prompts_of(task, steering)
     if isinstance(task.model.network, nn.Module):
         task.model.network.to(steering.device)
-    denoise = denoiser(task.model, guidance=task.sampler.guidance, forward_batch=steering.forward_batch)
+    denoise = denoiser(
+        task.model,
+        guidance=task.sampler.guidance,
+        forward_batch=steering.forward_batch,
+        execution=steering.execution,
+    )
     reward = as_reward(task.reward)
     reward = Masked(reward) if steering.invalid == "mask" else reward
     noise, began = Noise(steering.seed), time.perf_counter()

@@ -10,6 +10,7 @@ from pydantic import Field
 from difftilt.config import Config, Problems, dump
 from difftilt.errors import UserError
 from difftilt.leaves import nearest
+from difftilt.models.execution import Execution
 from difftilt.recipes.loading import escaped, read, to_yaml
 from difftilt.recipes.parts import Part, read_part
 from difftilt.steering.budget import Budget
@@ -17,7 +18,7 @@ from difftilt.training.config import Device, TrainingConfig
 from difftilt.training.prompts import Prompts
 
 
-class SteeringConfig(Config):
+class SteeringConfig(Execution):
     """One call of a steerer."""
 
     seed: int = Field(default=0, ge=0)

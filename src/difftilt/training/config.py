@@ -6,6 +6,7 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 
 from difftilt.config import Config
+from difftilt.models.execution import Execution
 from difftilt.models.lora import LoraSettings
 from difftilt.training.monitors import MonitorConfig
 
@@ -38,7 +39,7 @@ class OptimizerConfig(Config):
     """The gradient of an update is scaled down to this norm."""
 
 
-class TrainingConfig(Config):
+class TrainingConfig(Execution):
     """One run of the loop."""
 
     iterations: int = Field(default=100, ge=1)
@@ -70,12 +71,23 @@ class TrainingConfig(Config):
     """Older checkpoints are removed."""
     device: Device = "cpu"
     """Torch device of the network."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into the network's blocks, and evaluate each block again in the backward pass: less memory,
+    one more forward pass."""
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the rows of ``metrics.jsonl`` and the pictures go as well: TensorBoard, Weights & Biases, or both."""
     monitors: MonitorConfig = MonitorConfig()
     """Thresholds at which the monitors speak."""
 
     def sharded(self, processes: int) -> bool:
         """Whether each of so many processes holds a part of the weights: one alone holds all."""
         return self.sharding != "none" and processes > 1
+
+    @model_validator(mode="after")
+    def _compiles_whole(self) -> Self:
+        if self.compile and self.sharding != "none":
+            raise ValueError("compile is not made for weights that are cut: leave out compile, or sharding")
+        return self
 
     @model_validator(mode="after")
     def _offloads_parts(self) -> Self:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from difftilt.errors import UserError
+from difftilt.models.execution import enable_checkpointing
 from difftilt.models.lora import roles_of
 from difftilt.models.protocol import Lagging, Roles, RoleSpec, Trained
 from difftilt.sampling.noise import Noise
@@ -26,6 +27,7 @@ from difftilt.training.protocol import Method, Task
 from difftilt.training.run import LoopRun
 from difftilt.training.sharded import sharded_run
 from difftilt.training.state import check_saved, put_back, state_of
+from difftilt.training.trackers import Trackers, tracking
 from difftilt.training.update import Updater
 from difftilt.training.world import World, join_world
 
@@ -72,6 +74,7 @@ class Loop:
     rows: list[Row] = field(default_factory=list[Row])
     verdicts: list[Verdict] = field(default_factory=list[Verdict])
     before: dict[str, float] = field(default_factory=dict[str, float])
+    trackers: Trackers = field(default_factory=Trackers)
 
     @property
     def writes(self) -> Path | None:
@@ -119,6 +122,7 @@ class Loop:
         self.rows.append(row)
         if self.writes is not None:
             append_row(self.writes / "metrics.jsonl", row)
+        self.trackers.row(len(self.rows), row)
         verdicts = judge(self.rows, self.config.monitors, self.before)
         self.verdicts += verdicts
         for hook in self.hooks if self.run.world.main else ():
@@ -133,6 +137,7 @@ class Loop:
             gallery = gallery_of(self.run.task)
             shown = show(self.run, self.method.evaluated_role, sampler, gallery, self.config.seed)
             save_gallery(self.writes / "samples", step, gallery, shown)
+            self.trackers.picture(step, self.writes / "samples" / f"step_{step}.png")
         return measured
 
     def save(self, step: int) -> None:
@@ -205,21 +210,30 @@ def train_task(
     if directory is not None and not resume and world.main and (directory / "metrics.jsonl").exists():
         raise UserError(f"{directory} holds a run already: resume it, or name another directory")
     loop = assemble(task, method, config, directory, laws, hooks, world)
+    if config.track and directory is None:
+        raise UserError("training.track follows a run directory, and this run has none: name one, or leave track out")
     if resume:
         loop.restore()
-    else:
-        loop.before = _before(loop)
-        loop.save(0)
-    for iteration in range(loop.start, config.iterations):
-        loop.iterate(iteration)
-        if (iteration + 1) % config.checkpoint_every == 0 or iteration + 1 == config.iterations:
-            loop.save(iteration + 1)
-    loop.run.world.barrier()  # nobody leaves while another one may still need it
+    with tracking(config.track, loop.writes, loop.rows) as loop.trackers:
+        if not resume:
+            loop.before = _before(loop)
+            loop.save(0)
+        _iterate(loop)
     after = {name[8:]: value for name, value in loop.rows[-1].items() if name.startswith("heldout/")}
     if loop.writes is not None:
         summary = {"before": loop.before, "after": after, "verdicts": summarise(loop.verdicts)}
         write_text(loop.writes / "summary.json", json.dumps(summary, indent=1))
     return TrainResult(directory, loop.rows, loop.before, after, loop.verdicts, loop.run, method.evaluated_role)
+
+
+def _iterate(loop: Loop) -> None:
+    """All iterations that are left, with a checkpoint where one is due."""
+    config = loop.config
+    for iteration in range(loop.start, config.iterations):
+        loop.iterate(iteration)
+        if (iteration + 1) % config.checkpoint_every == 0 or iteration + 1 == config.iterations:
+            loop.save(iteration + 1)
+    loop.run.world.barrier()  # nobody leaves while another one may still need it
 
 
 def assemble(
@@ -241,12 +255,15 @@ def assemble(
     for spec in specs.values():
         if not isinstance(spec, Lagging) and spec.network is not None:
             spec.network.to(device)
+    if config.activation_checkpointing:
+        enable_checkpointing(model.network, "training.activation_checkpointing")
     if config.sharded(world.size):
         run = sharded_run(replace(task, model=model), specs, config, world)
     else:
         model.network.to(device)
         roles = roles_of(model, specs, config.lora, config.seed)
-        run = LoopRun(replace(task, model=model), roles, world, Noise(config.seed), config.forward_batch, device)
+        noise, execution = Noise(config.seed), config.execution
+        run = LoopRun(replace(task, model=model), roles, world, noise, config.forward_batch, device, execution)
     roles = run.roles
     trained: dict[str, Mapping[str, Any]] = {"current": {}}
     trained |= {name: spec.optimizer for name, spec in specs.items() if isinstance(spec, Trained)}
@@ -279,6 +296,7 @@ def _before(loop: Loop) -> dict[str, float]:
     numbers = loop.evaluate(0).numbers
     if loop.writes is not None:
         write_text(loop.writes / BEFORE, json.dumps(numbers, indent=1))
+    loop.trackers.row(0, {f"heldout/{name}": value for name, value in numbers.items()})
     return numbers
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from difftilt.errors import GuardError, UserError
 from difftilt.models.denoiser import NetworkDenoiser
+from difftilt.models.execution import PLAIN, Execution
 from difftilt.models.ledger import Ledger
 from difftilt.models.protocol import Denoiser, Roles
 from difftilt.process.protocol import Condition
@@ -39,6 +40,7 @@ class LoopRun:
         noise: of the present iteration.
         forward_batch: rows of every network call.
         device: of the network.
+        execution: precision of network calls, and whether they are compiled.
         iteration: counts from 0.
         reward_seconds: spent in rewards during this iteration, while nothing else was done.
         hidden_seconds: spent in rewards while samples were drawn.
@@ -51,6 +53,7 @@ class LoopRun:
     noise: Noise
     forward_batch: int
     device: torch.device
+    execution: Execution = PLAIN
     iteration: int = 0
     reward_seconds: float = 0.0
     hidden_seconds: float = 0.0
@@ -75,6 +78,7 @@ class LoopRun:
             guidance=self.task.sampler.guidance if guidance is None else guidance,
             null_condition=model.null_condition,
             forward_batch=self.forward_batch,
+            execution=self.execution,
         )
 
     def idle(self) -> tuple[Tensor, Tensor, Condition]:

@@ -35,7 +35,8 @@ def sharded_run(task: Task, specs: Mapping[str, RoleSpec], config: TrainingConfi
     roles = roles_of(task.model, specs, config.lora, config.seed, lambda network: sharding.Sharded.of(network, chosen))
     if config.lora is not None:
         sharding.shard_backbone(roles, chosen)
-    run = LoopRun(task, roles, world, Noise(config.seed), config.forward_batch, device)
+    noise, execution = Noise(config.seed), config.execution
+    run = LoopRun(task, roles, world, noise, config.forward_batch, device, execution)
     lockstep = Lockstep(roles.network, roles.names, run.idle)
     run.lockstep = lockstep
     run.world = replace(world, meet=lockstep.meet)
