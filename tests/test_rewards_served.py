@@ -482,6 +482,8 @@ def test_a_page_of_a_browser_cannot_reach_a_server_without_a_token() -> None:
 def test_a_terminated_server_ends_well(children: tuple[Callable[[], Child], Callable[[], Child]]) -> None:
     """The last test that uses it."""
     server = children[0]()
+    with pytest.raises(RewardError):
+        score(connect(server.url), samples_of("raise"))
     server.process.send_signal(signal.SIGTERM)
     out, err = server.process.communicate(timeout=20)
     assert server.process.returncode == 0

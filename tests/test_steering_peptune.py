@@ -413,7 +413,7 @@ def test_invalid_and_missing_sequences_are_counted_and_never_chosen() -> None:
 
 def test_the_table_says_that_samples_were_invalid_or_had_no_score() -> None:
     row = {"prompt": "p", "reward_best": 1.0, "reward_mean": 0.5, "log_z": None, "ancestors": [], "invalid": 185}
-    summary = {"prompts": [row], "best": {"reward": 1.0}, "ledger": {"nfe": 3}, "complete": True}
+    summary = {"prompts": [row], "best": {"reward": 1.0}, "ledger": {"nfe": 3}, "complete": True, "equal": False}
     console = Console(width=200)
     with console.capture() as shown:
         console.print(steer_report(summary))

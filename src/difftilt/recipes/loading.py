@@ -106,7 +106,7 @@ def _merge(values: dict[str, Any], overrides: Sequence[str], source: str) -> dic
     try:
         merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:  # a TypeError where a mapping meets a list
         given = f" with {' '.join(overrides)}" if overrides else ""
         raise UserError(f"{source}{given}: {_first_line(error)}") from error
     return cast(dict[str, Any], plain)
