@@ -407,11 +407,10 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path, monkeypatch: 
 
 
 def test_an_unknown_family_says_which_are_known_and_how_to_write_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = {name: part for name, part in stable_diffusion().components.items() if name not in ("image_encoder",)}
-    pipe = made("StableDiffusionImg2ImgPipeline", **parts, requires_safety_checker=False)
-    with pytest.raises(UserError, match="no adapter serves StableDiffusionImg2ImgPipeline") as error:
+    pipe = made("StableDiffusionPAGPipeline", **stable_diffusion().components, requires_safety_checker=False)
+    with pytest.raises(UserError, match="no adapter serves StableDiffusionPAGPipeline") as error:
         adapt(pipe)
-    assert "StableDiffusion3Pipeline, StableDiffusionInpaintPipeline" in str(error.value)
+    assert "StableDiffusion3Pipeline, StableDiffusionImg2ImgPipeline" in str(error.value)
     assert "class MyFamily(Adapter):" in str(error.value)
     named = PipelineOptions(adapter="difftilt.models.diffusers.stable_diffusion:StableDiffusion", steps=2)
     assert adapt(pipe, named).network.network is pipe.unet

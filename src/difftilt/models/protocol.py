@@ -24,6 +24,11 @@ class Stateful(Batched):
     state: Condition
 
 
+START, START_TIME = "start", "start_time"
+"""Names in the state of a condition whose samples begin from a given one, corrupted, instead of from pure noise: clean
+latents (batch, *shape), and the time (batch,), float64, that they are corrupted to."""
+
+
 class Denoiser(Protocol):
     """A network bound to its process, its guidance and its ledger: what a rollout calls.
 

@@ -97,8 +97,8 @@ def origin_of(
     texts, index = [prompts[row % len(prompts)] for row in range(SAMPLES)], torch.arange(SAMPLES, device=device)
     apart, seen = Apart(noise, "origin"), list[Moment]()
     with torch.no_grad():
-        x = start_state(task.model.process, apart, index, task.model.shape)
         condition = to_device(task.model.encode(texts), device)
+        x = start_state(task.model.process, apart, index, task.model.shape, condition)
         x_0 = sample_by_kernel(
             denoise, task.sampler, x, condition, noise=apart, index=index, observe=lambda moment, _: seen.append(moment)
         ).x_0

@@ -218,6 +218,7 @@ class Sampler:
         guidance: scale of classifier-free guidance; 1 is off.
         clean_end: the last step of stochastic sampling follows the ODE, as is usual for images: its noise would stay in
             the sample.
+        begins: samples begin from what their condition gives, corrupted to the first time of this very grid.
     """
 
     grid: Float[Tensor, " times"]
@@ -225,6 +226,7 @@ class Sampler:
     solver: Solver | None = None
     guidance: float = 1.0
     clean_end: bool = False
+    begins: bool = False
 
 
 class NoiseSource(Protocol):

@@ -7,13 +7,13 @@ copied where the plan splits, moved by the preset's kernel or by the ODE, and re
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from difftilt.models.protocol import Denoiser, Stateful
+from difftilt.models.protocol import START, START_TIME, Denoiser, Stateful
 from difftilt.process.grid import check_grid
 from difftilt.process.protocol import Condition, Prediction, Process
 from difftilt.sampling.kernels import Euler
@@ -84,11 +84,27 @@ PLAIN = Plan()
 
 
 def start_state(
-    process: Process, noise: NoiseSource, index: Int[Tensor, " rows"], shape: tuple[int, ...], purpose: str = "start"
+    process: Process,
+    noise: NoiseSource,
+    index: Int[Tensor, " rows"],
+    shape: tuple[int, ...],
+    condition: Condition = None,
+    purpose: str = "start",
 ) -> Shaped[Tensor, "rows *shape"]:
-    """x_1 of each sample, from the noise that belongs to its index."""
+    """The first state of each sample, from the noise that belongs to its index; see :func:`begun`."""
     law = noise.normal if process.noise_law == "normal" else noise.uniform
-    return process.prior(law(index, shape, purpose=purpose))
+    return begun(process, law(index, shape, purpose=purpose), condition)
+
+
+def begun(
+    process: Process, noise: Shaped[Tensor, "rows *shape"], condition: Condition
+) -> Shaped[Tensor, "rows *shape"]:
+    """x_1, pure noise; or what the condition begins from, corrupted to the time that it names (image to image)."""
+    state = condition.state if isinstance(condition, Stateful) else None
+    if not isinstance(state, Mapping) or START not in state:
+        return process.prior(noise)
+    given = cast(Mapping[str, Tensor], state)
+    return process.corrupt(given[START].to(noise), given[START_TIME].to(noise.device), noise)
 
 
 def step_noise(

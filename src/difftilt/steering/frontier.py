@@ -61,7 +61,10 @@ class Frontier:
         """Store the states of roots that are states: processes whose x_1 is always the same."""
         roots = np.arange(len(index))
         if int(self.forest.depth[0]) == 0:
-            self.states.put(roots, start_state(self.chain.denoise.process, self.chain.noise, index, self.shape))
+            self.states.put(roots, self._start(index, self.condition))
+
+    def _start(self, index: Int[Tensor, " rows"], condition: Condition) -> Shaped[Tensor, "rows *shape"]:
+        return start_state(self.chain.denoise.process, self.chain.noise, index, self.shape, condition)
 
     def complete(self, at: Ids, first: Ids, root: Ids, index: Int[Tensor, " rows"]) -> Shaped[Tensor, "rows *shape"]:
         """Draw a child of each node and complete it.
@@ -73,7 +76,7 @@ class Frontier:
             index: noise index of each.
         """
         condition = take(self.condition, torch.from_numpy(root))
-        x = start_state(self.chain.denoise.process, self.chain.noise, index, self.shape)
+        x = self._start(index, condition)
         depth = self.forest.depth[at]
         begin, inner = depth + 1, (depth >= 0).nonzero()[0]
         self._store(first[depth < 0], x[_rows(depth < 0)])

@@ -18,7 +18,7 @@ from difftilt.process.protocol import Condition
 from difftilt.rewards.protocol import Reward, Samples
 from difftilt.sampling.noise import Apart, copies
 from difftilt.sampling.protocol import NoiseSource, Sampler
-from difftilt.sampling.rollout import sample
+from difftilt.sampling.rollout import begun, sample
 from difftilt.steering.budget import price
 from difftilt.steering.particles import bind
 from difftilt.training.protocol import Task
@@ -51,8 +51,8 @@ class Generator:
         """Clean latents, what the reward saw, and rewards (prompts, draws)."""
         rows, numbers = copies(self.index, z.shape[1])
         # the noise that is learned is unscaled; the process scales it
-        x = self.task.model.process.prior(z.flatten(0, 1))
         source, condition = Apart(self.noise, f"generator {label}"), take(self.condition, rows)
+        x = begun(self.task.model.process, z.flatten(0, 1), condition)
         x_0 = sample(self.denoise, self.task.sampler, x, condition, noise=source, index=numbers)
         samples = self.reward.samples(x_0, rows)
         return x_0, samples, self.reward.score(samples).reshape(z.shape[:2])

@@ -215,7 +215,7 @@ def base_states(
     states = record_states(
         denoise,
         task.sampler,
-        start_state(task.model.process, noise, index, task.model.shape),
+        start_state(task.model.process, noise, index, task.model.shape, condition),
         condition,
         lambda x_0: scorer(x_0, prompt),
         noise=noise,

@@ -61,9 +61,9 @@ def start(
     before = denoise.ledger.copy()
     chain = Chain(denoise, preset, last, task.sampler.grid, noise, home, home[:, :0].flatten(), every[:0], 0, before)
     chain = chain.settled(size)
-    x = start_state(task.model.process, noise, chain.slots, task.model.shape)
-    log_weight = torch.zeros(len(x), dtype=torch.float64, device=device)
     condition = take(to_device(task.model.encode(prompts), device), chain.group)
+    x = start_state(task.model.process, noise, chain.slots, task.model.shape, condition)
+    log_weight = torch.zeros(len(x), dtype=torch.float64, device=device)
     origin = torch.arange(size, device=device).repeat(len(prompts))
     return chain, Particles(x, chain.group, condition, log_weight, memory={"origin": origin})
 

@@ -110,7 +110,7 @@ def sampler_of(adapter: Adapter, noise_level: float | None = None) -> Sampler:
     """The grid of the pipeline's scheduler, its guidance, its deterministic steps, and stochastic ones beside them."""
     kernel = kernel_of(adapter.schedule, noise_level)
     solver = EulerSolver() if adapter.schedule.law == "ode" else None  # else the pipeline itself follows the kernel
-    return Sampler(adapter.schedule.grid, kernel, solver, adapter.guidance, clean_end=True)
+    return Sampler(adapter.grid, kernel, solver, adapter.guidance, clean_end=True, begins=adapter.begins)
 
 
 def kernel_of(schedule: Schedule, noise_level: float | None = None) -> Kernel:

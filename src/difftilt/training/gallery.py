@@ -83,7 +83,7 @@ def show(run: LoopRun, role: str, sampler: Sampler, gallery: Gallery, seed: int)
     prompts = [prompt for prompt in gallery.prompts for _ in range(gallery.size)]
     with torch.no_grad():
         condition = run.encode(prompts)
-        x_t = start_state(denoise.process, noise, index, run.task.model.shape)
+        x_t = start_state(denoise.process, noise, index, run.task.model.shape, condition)
         media = run.task.model.decode(sample(denoise, sampler, x_t, condition, noise=noise, index=index))
         samples = Samples.of(media, prompts, index // gallery.size, condition)
         reward = run.task.heldout.get(run.task.headline, run.task.reward)

@@ -14,5 +14,5 @@ def draw(
 ) -> Shaped[Tensor, "samples *shape"]:
     """Finished samples of the weights of ``role``, counted in the run's ledger."""
     denoise = run.denoiser(role, sampler.guidance)
-    x_t = start_state(denoise.process, noise, batch.index, run.task.model.shape)
+    x_t = start_state(denoise.process, noise, batch.index, run.task.model.shape, batch.condition)
     return sample(denoise, sampler, x_t, batch.condition, noise=noise, index=batch.index)

@@ -166,9 +166,9 @@ class ChainPolicyGradient(PolicyGradient[ChainsConfig]):
         return window_mask(steps, 0, steps - 1) if window is None else window.reach(steps)
 
     def start(self, run: Run, batch: PromptBatch) -> Shaped[Tensor, "samples *shape"]:
-        """Pure noise, one for each sample or for each group."""
+        """The first states, from noise for each sample or for each group."""
         key = batch.group if self.config.share_start else batch.index
-        return start_state(run.task.model.process, run.noise, key, run.task.model.shape)
+        return start_state(run.task.model.process, run.noise, key, run.task.model.shape, batch.condition)
 
     def roll(
         self,

@@ -119,7 +119,7 @@ def fit_to_base(config: ProcessRewardConfig, run: Run) -> None:
         return
     batch = run.prompts(config.fit_samples, 1)
     index = batch.index + _APART
-    start = start_state(model.process, run.noise, index, model.shape)
+    start = start_state(model.process, run.noise, index, model.shape, batch.condition)
     denoise = run.denoiser("reference")
     x_0 = sample(denoise, run.task.sampler, start, batch.condition, noise=run.noise, index=index)
     reward = run.score(run.samples(x_0, batch)).total

@@ -61,7 +61,7 @@ def record(
 
     index = torch.arange(len(prompts) * images, device=prompts.device)
     own = prompts.repeat_interleave(images)
-    start = start_state(denoise.process, noise, index, shape)
     rows = take(condition, own)
+    start = start_state(denoise.process, noise, index, shape, rows)
     path = sample_by_kernel(denoise, sampler, start, rows, noise=noise, index=index, observe=observe)
     return Recorded(path.x_0, own, rows, kept)

@@ -143,7 +143,7 @@ class PRDP(MethodBase):
             run.denoiser("current"),
             self.preset,
             self.grid,
-            start_state(run.task.model.process, run.noise, batch.index, run.task.model.shape),
+            start_state(run.task.model.process, run.noise, batch.index, run.task.model.shape, batch.condition),
             batch.condition,
             noise=run.noise,
             index=batch.index,

@@ -118,7 +118,7 @@ class B2DiffuRL(PolicyGradient[Config]):
             run.denoiser("current"),
             self.preset,
             self.grid,
-            start_state(run.task.model.process, run.noise, prefix.index, run.task.model.shape),
+            start_state(run.task.model.process, run.noise, prefix.index, run.task.model.shape, prefix.condition),
             prefix.condition,
             noise=run.noise,
             index=prefix.index,

@@ -133,7 +133,7 @@ class BranchGRPO(PolicyGradient[Config]):
             run.denoiser("current"),
             self.preset,
             self.grid,
-            start_state(run.task.model.process, run.noise, key, run.task.model.shape),
+            start_state(run.task.model.process, run.noise, key, run.task.model.shape, roots.condition),
             roots.condition,
             noise=run.noise,
             index=roots.index,

@@ -113,7 +113,8 @@ class G2RPO(PolicyGradient[Config]):
             if int(moment.position) in self.trained:
                 moments[int(moment.position)] = moment
 
-        x = start_state(model.process, run.noise, prompts.group // len(self.trained), model.shape)
+        key = prompts.group // len(self.trained)
+        x = start_state(model.process, run.noise, key, model.shape, prompts.condition)
         path = rollout(
             run.denoiser("current"),
             ODE,

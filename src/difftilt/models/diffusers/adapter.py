@@ -17,13 +17,13 @@ from torch.nn import functional
 
 from difftilt.errors import UserError
 from difftilt.models.denoiser import device_of
-from difftilt.models.diffusers.backbone import Backbone
+from difftilt.models.diffusers.backbone import KNOWN, Backbone
 from difftilt.models.diffusers.exporting import export_lora, export_pipeline
-from difftilt.models.diffusers.known import known_pixels
+from difftilt.models.diffusers.known import first_images, known_pixels
 from difftilt.models.diffusers.options import PipelineOptions
 from difftilt.models.diffusers.schedules import Schedule, dynamic_shift, replaced, schedule_of
 from difftilt.models.diffusers.texts import EncodedTexts, Rows, cache_folder, identity_of
-from difftilt.models.protocol import GenerativeModel, Stateful, Weights
+from difftilt.models.protocol import START, START_TIME, GenerativeModel, Stateful, Weights
 from difftilt.process.protocol import Condition
 
 READER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -43,6 +43,8 @@ class Adapter:
 
     pipelines: ClassVar[tuple[str, ...]]
     """Classes of ``diffusers`` that the family serves."""
+    image_to_image: ClassVar[tuple[str, ...]] = ()
+    """Those of them that begin from an image with noise on."""
     inpainting: ClassVar[tuple[str, ...]] = ()
     """Those of them whose network is told of known pixels beside the prompt."""
     backbone: ClassVar[type[Backbone]]
@@ -63,10 +65,14 @@ class Adapter:
             if component is not None:
                 component.requires_grad_(False).eval()
         self._prepare_vae()
-        _ = self.inpaints
+        self.check()
         self.texts = EncodedTexts(
             self._encode_on, cache(self._identity), cache_folder(options.cache), options.text_batch
         )
+
+    def check(self) -> None:
+        """Refuse what this pipeline cannot be sampled with before anything is made of it."""
+        _ = self.inpaints, self.grid
 
     @cached_property
     def trained_encoders(self) -> tuple[str, ...]:
@@ -206,15 +212,47 @@ class Adapter:
         return latents
 
     def conditions(self, prompts: Sequence[str]) -> Condition:
-        """Condition of each prompt, on the CPU: the text, and for inpainting the known pixels of its image."""
-        rows = self.encode(prompts)
-        if not self.inpaints:
-            return rows
-        known: list[Tensor] = []
-        for start in range(0, len(prompts), self.options.text_batch):
-            some = prompts[start : start + self.options.text_batch]
-            known.append(self.told(*known_pixels(self.pipe, self._latents_on, some, self.size)))
-        return Stateful(rows, {"known": torch.cat(known)})
+        """Condition of each prompt, on the CPU: the text, and what the pipeline is told of its image."""
+        rows, state = self.encode(prompts), dict[str, Tensor]()
+        if self.inpaints:
+            state[KNOWN] = self._in_batches(prompts, lambda *given: self.told(*known_pixels(*given)))
+        if self.begins:
+            state[START] = self._in_batches(prompts, first_images)
+            state[START_TIME] = self.grid[:1].expand(len(prompts))
+        return Stateful(rows, state) if state else rows
+
+    def _in_batches(self, prompts: Sequence[str], make: Callable[..., Tensor]) -> Tensor:
+        """What is made of the images of all prompts, a few at a time."""
+        size = self.options.text_batch
+        parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        return torch.cat([make(self.pipe, self._latents_on, part, self.size) for part in parts])
+
+    @property
+    def begins(self) -> bool:
+        """Whether samples begin from the images of their prompts."""
+        return type(self.pipe).__name__ in self.image_to_image
+
+    @cached_property
+    def grid(self) -> Float[Tensor, " times"]:
+        """Times of sampling: the scheduler's, or of image to image those that are left of them.
+
+        Raises:
+            UserError: if none is left, or there is no image to begin from.
+        """
+        whole = self.schedule.grid
+        if not self.begins:
+            if self.options.strength is not None:
+                raise UserError(f"strength: {type(self.pipe).__name__} begins from noise: leave it out")
+            return whole
+        strength = float(self.chosen("strength"))
+        skipped = self.skipped(strength)
+        if skipped >= self.steps:
+            raise UserError(f"strength = {strength:g}: none of {self.steps} steps is left: raise strength, or steps")
+        return whole[skipped:]
+
+    def skipped(self, strength: float) -> int:
+        """Steps that are not taken at a strength, rounded as the pipeline rounds."""
+        return self.steps - int(self.steps * strength)
 
     @cached_property
     def inpaints(self) -> bool:

@@ -12,6 +12,9 @@ from difftilt.models.protocol import Stateful
 from difftilt.process.gaussian import expand
 from difftilt.process.protocol import Condition
 
+KNOWN = "known"
+"""Name in the state of a condition of known pixels, as channels (batch, channel, height, width) beside the latent's."""
+
 DENOISER = "denoiser"
 """Name of the denoising network among those that are trained together."""
 
@@ -45,8 +48,9 @@ class Backbone(nn.Module):
         self, x_t: Float[Tensor, "batch *shape"], t: Float[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch *shape"]:
         told, seen = self.schedule.clock(t), x_t
-        if isinstance(condition, Stateful):  # known pixels, which both branches of guidance see
-            seen = torch.cat([x_t, *(known.to(x_t) for known in condition.state.values())], 1)
+        if isinstance(condition, Stateful):  # what both branches of guidance share
+            if KNOWN in condition.state:
+                seen = torch.cat([x_t, condition.state[KNOWN].to(x_t)], 1)
             condition = condition.condition
         if self.readers:
             condition = condition | self.read(condition)

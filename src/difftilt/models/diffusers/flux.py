@@ -69,7 +69,8 @@ class FluxTransformer(Backbone):
 class Flux(Adapter):
     """``FluxPipeline``; latents are kept as images (channel, height, width) and packed where the network is called."""
 
-    pipelines = ("FluxPipeline", "FluxFillPipeline")
+    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxFillPipeline")
+    image_to_image = ("FluxImg2ImgPipeline",)
     inpainting = ("FluxFillPipeline",)
     backbone = FluxTransformer
     encoders = ("text_encoder", "text_encoder_2")
@@ -81,6 +82,9 @@ class Flux(Adapter):
 
     def sigmas(self) -> Sequence[float]:
         return np.linspace(1.0, 1 / self.steps, self.steps).tolist()
+
+    def skipped(self, strength: float) -> int:
+        return int(self.steps - self.steps * strength)
 
     def multiple(self) -> int:
         return 2 * self.pipe.vae_scale_factor

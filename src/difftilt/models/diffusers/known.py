@@ -1,4 +1,4 @@
-"""Known pixels: the image and the mask that a prompt names, as an inpainting pipeline is told of them.
+"""Known pixels: the image, and the mask to inpaint it, that a prompt names, as pipelines are told of them.
 
 A prompt names files in its metadata,
 ``{"prompt": "a vase", "image": "room.png", "mask_image": "spot.png"}``; the mask is
@@ -40,10 +40,24 @@ def known_pixels(
         UserError: for a prompt that names no image or no mask, and for a file that is none.
     """
     height, width = size
-    images = pipe.image_processor.preprocess([_opened(one, IMAGE) for one in prompts], height=height, width=width)
+    images = _images(pipe, prompts, size)
     masks = pipe.mask_processor.preprocess([_opened(one, MASK) for one in prompts], height=height, width=width)
     with torch.no_grad():
         return masks, encode((images * (masks < 0.5)) / 2 + 0.5)
+
+
+def first_images(
+    pipe: Any, encode: Encode, prompts: Sequence[str], size: tuple[int, int]
+) -> Float[Tensor, "batch *shape"]:
+    """The latents of the images that sampling begins from; arguments as in :func:`known_pixels`."""
+    with torch.no_grad():
+        return encode(_images(pipe, prompts, size) / 2 + 0.5)
+
+
+def _images(pipe: Any, prompts: Sequence[str], size: tuple[int, int]) -> Float[Tensor, "batch 3 height width"]:
+    """In [-1, 1]."""
+    height, width = size
+    return pipe.image_processor.preprocess([_opened(one, IMAGE) for one in prompts], height=height, width=width)
 
 
 def _opened(prompt: str, name: str) -> Image.Image:
@@ -52,8 +66,8 @@ def _opened(prompt: str, name: str) -> Image.Image:
     if not isinstance(path, str):
         said = f"is {path!r}" if name in metadata else "is missing"
         raise UserError(
-            f"prompt {prompt[:60]!r}: an inpainting pipeline needs the paths of an image and of a mask, and {name!r} "
-            f'{said}: give them with the prompt, as in {{"prompt": ..., "{IMAGE}": PATH, "{MASK}": PATH}}'
+            f"prompt {prompt[:60]!r}: this pipeline needs the path of an image, to inpaint that of a mask as well, and "
+            f'{name!r} {said}: give them with the prompt, as in {{"prompt": ..., "{IMAGE}": PATH, "{MASK}": PATH}}'
         )
     try:
         return Image.open(Path(path).expanduser()).convert("L" if name == MASK else "RGB")

@@ -18,6 +18,8 @@ class PipelineOptions(Config):
     guidance: float | None = Field(default=None, ge=0)
     """``guidance_scale`` of the pipeline: of classifier-free guidance (1 and less is off), or the number that a
     guidance-distilled network is told."""
+    strength: float | None = Field(default=None, gt=0, le=1)
+    """Of pipelines that begin from an image: the share of the steps that are taken, from the image with noise on."""
     height: Pixels | None = None
     """Of a sample, in pixels."""
     width: Pixels | None = None

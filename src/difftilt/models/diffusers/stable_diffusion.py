@@ -41,7 +41,13 @@ class UNet(Backbone):
 class StableDiffusion(Adapter):
     """``StableDiffusionPipeline``, distilled to few steps or trained for inpainting too; no safety checker is asked."""
 
-    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline", "StableDiffusionInpaintPipeline")
+    pipelines = (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+    )
+    image_to_image = ("StableDiffusionImg2ImgPipeline",)
     inpainting = ("StableDiffusionInpaintPipeline",)
     backbone = UNet
     denoisers = ("unet",)

@@ -33,10 +33,14 @@ class MMDiT(Backbone):
 class StableDiffusion3(Adapter):
     """``StableDiffusion3Pipeline``, also without its T5."""
 
-    pipelines = ("StableDiffusion3Pipeline",)
+    pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+    image_to_image = ("StableDiffusion3Img2ImgPipeline",)
     backbone = MMDiT
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+    def skipped(self, strength: float) -> int:
+        return int(self.steps - self.steps * strength)
 
     def multiple(self) -> int:
         return self.pipe.vae_scale_factor * self.pipe.patch_size

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from difftilt.card import Card
+from difftilt.errors import UserError
 from difftilt.models.diffusers.adapter import Adapter
 from difftilt.models.diffusers.backbone import Backbone
 from difftilt.models.diffusers.texts import Rows
@@ -40,12 +41,18 @@ class SizedUNet(Backbone):
 class StableDiffusionXL(Adapter):
     """``StableDiffusionXLPipeline``, uncropped and at its target size; no watermark is drawn."""
 
-    pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLInpaintPipeline")
+    pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
+    image_to_image = ("StableDiffusionXLImg2ImgPipeline",)
     inpainting = ("StableDiffusionXLInpaintPipeline",)
     backbone = SizedUNet
     denoisers = ("unet",)
     encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
+
+    def check(self) -> None:
+        super().check()
+        if self.pipe.config.get("requires_aesthetics_score"):
+            raise UserError(f"{type(self.pipe).__name__} is told an aesthetic score (a refiner): that is not served")
 
     def encode(self, prompts: Sequence[str]) -> Rows:
         height, width = self.size

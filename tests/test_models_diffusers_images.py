@@ -1,4 +1,4 @@
-"""Inpainting: the network is told of an image and a mask, as the stock pipeline tells it."""
+"""Images in: the network is told of image and mask, or sampling begins from an image, as in the stock pipelines."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +17,20 @@ from difftilt.models.diffusers import PipelineOptions, adapt
 from difftilt.models.protocol import Stateful
 from difftilt.rewards.prompts import Prompt
 from difftilt.rewards.protocol import Samples
+from difftilt.sampling.rollout import begun
 from difftilt.sampling.solvers import EulerSolver
-from pipelines import PROMPTS, flux, stable_diffusion_inpaint, stable_diffusion_xl, start_of
+from difftilt.testbeds.pipeline import TaskOptions, sampler_of
+from pipelines import (
+    PROMPTS,
+    flux,
+    made,
+    quiet,
+    stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_inpaint,
+    stable_diffusion_xl,
+    start_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning")
 
@@ -75,6 +87,76 @@ def test_sampling_equals_the_stock_pipelines_and_depends_on_image_and_mask(famil
     swapped = Stateful(condition.condition, {"known": condition.state["known"].flip(0)})
     other = model.decode(EulerSolver()(denoise, model.process.prior(noise), swapped, adapter.schedule.grid))
     assert float((ours - other).abs().max()) > 1e-3
+
+
+FROM_IMAGES: dict[str, tuple[Callable[[], Any], str, float]] = {
+    "sd": (stable_diffusion, "StableDiffusionImg2ImgPipeline", 7.5),
+    "sdxl": (stable_diffusion_xl, "StableDiffusionXLImg2ImgPipeline", 5.0),
+    "sd3": (stable_diffusion_3, "StableDiffusion3Img2ImgPipeline", 7.0),
+    "flux": (flux, "FluxImg2ImgPipeline", 7.0),
+}
+"""Name -> text-to-image pipeline, class of the one that begins from images, guidance."""
+
+
+def from_images(family: str) -> Any:
+    make, name, _ = FROM_IMAGES[family]
+    parts = make().components
+    if family == "sd":
+        parts = {**parts, "requires_safety_checker": False}
+    return quiet(made(name, **parts))
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("family", FROM_IMAGES)
+@torch.no_grad()
+def test_sampling_from_an_image_equals_the_stock_pipelines(family: str, strength: float, tmp_path: Path) -> None:
+    """At 0.6 of 4 steps U-Nets take 2 and transformers 3: they round down what they take, and what they leave."""
+    pipe, prompts, guidance = from_images(family), pictured(tmp_path, 16), FROM_IMAGES[family][2]
+    options = TaskOptions(steps=4, guidance=guidance, height=16, width=16, strength=strength, cache="off")
+    adapter = adapt(pipe, options)
+    sampler, model, condition = sampler_of(adapter), adapter.model, adapter.model.encode(prompts)
+    assert len(sampler.grid) == {1.0: 5, 0.6: 4 if family in ("sd3", "flux") else 3}[strength]
+    noise = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(3))
+    x = begun(model.process, noise, condition)
+    ours = model.decode(EulerSolver()(denoiser(model, guidance=adapter.guidance), x, condition, sampler.grid))
+    law = "diffusers.models.autoencoders.vae.DiagonalGaussianDistribution"
+    call = {"num_inference_steps": 4, "guidance_scale": guidance, "strength": strength, "output_type": "pt"}
+    images = [Image.open(one.metadata["image"]) for one in prompts]
+    generator = torch.Generator().manual_seed(3)
+    with patch(f"{law}.sample", lambda self, generator=None: self.mode()):
+        sized = {} if family.startswith("sd") and family != "sd3" else {"height": 16, "width": 16}
+        stock = pipe(list(map(str, prompts)), image=images, generator=generator, **sized, **call).images
+    assert float((ours - stock).abs().max()) < 1e-4
+    assert float((ours - ours.flip(0)).abs().max()) > 1e-3
+
+
+def test_training_from_images_begins_there(tmp_path: Path) -> None:
+    """A policy gradient and a steerer, whose own numbers of steps are refused: the grid begins where the image is."""
+    prompts = [{"prompt": str(one), **one.metadata} for one in pictured(tmp_path, 16)]
+    options = {"steps": 4, "strength": 0.6, "height": 16, "width": 16, "cache": "off"}
+    settings: dict[str, Any] = {"method.groups": 2, "method.group_size": 2, "training.forward_batch": 4}
+    settings |= {"training.evaluation_samples": 2, "training.optimizer.lr": 1e-3}
+    given: dict[str, Any] = {"reward": redness, "prompts": prompts, "iterations": 1, "pipeline": options, **settings}
+    result = difftilt.train(from_images("sd3"), tmp_path / "run", **given)
+    assert len(result.run.task.sampler.grid) == 4
+    steered = difftilt.steer(
+        from_images("sd3"), redness, prompts, method="fk-steering", particles=2, pipeline=options, forward_batch=4
+    )
+    assert steered.steered.ledger.nfe == 2 * 2 * 2 * 3  # prompts, particles, branches of guidance, steps
+    with pytest.raises(UserError, match=r"leave out method\.steps"):
+        difftilt.train(from_images("sd3"), tmp_path / "other", **given, overrides=["method.steps=5"])
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "said"),
+    [
+        (lambda: from_images("sd"), {"steps": 4, "strength": 0.1}, "none of 4 steps is left"),
+        (stable_diffusion, {"strength": 0.5}, "begins from noise"),
+    ],
+)
+def test_a_strength_that_means_nothing_is_refused(make: Callable[[], Any], options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        adapt(make(), PipelineOptions(**options))
 
 
 def redness(samples: Samples) -> torch.Tensor:
