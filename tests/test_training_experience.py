@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import NoiseSource
 from difftilt.training.experience import Experience, join_experience
 from difftilt.training.loop import train_task
 from difftilt.training.protocol import Loss, Phase, Term
+from difftilt.training.update import Updater
 from difftilt.trees import Pooled, fetched, leaves, resting, take
 from training_runs import (
     CASES,
@@ -296,6 +298,12 @@ def test_a_run_whose_experience_rests_learns_the_same_bits(case: str, monkeypatc
         fetches.append(len(pool.place))
         return fetched(pool.store, pool.place)  # as from another device
 
+    def run_phase(updater: Updater, phase: Phase, experience: Experience, noise: Noise) -> dict[str, float]:
+        assert isinstance(vars(experience)["x_0"], Pooled) == offloaded
+        return learn(updater, phase, experience, noise)
+
+    learn = Updater.run_phase
+    monkeypatch.setattr(Updater, "run_phase", run_phase)
     for offloaded in (False, True):
         if offloaded:
             monkeypatch.setattr(Pooled, "rows", property(rows))

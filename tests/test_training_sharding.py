@@ -30,9 +30,12 @@ LAUNCHES = MappingProxyType({"short": SHORT, "long": LONG})
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Directory of all runs of a set of cases, and what was found alone and together; each set is run once."""
     done: dict[str, tuple[Path, Found, Found]] = {}
+    begun: set[str] = set()
 
     def launch(name: str) -> tuple[Path, Found, Found]:
         if name not in done:
+            assert name not in begun, "the launch has failed, see above"
+            begun.add(name)
             directory, cases = tmp_path_factory.mktemp(name), LAUNCHES[name]
             two_shards.main(directory, 1, cases)
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

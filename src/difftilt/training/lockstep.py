@@ -14,6 +14,7 @@ have unequal work.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +41,14 @@ class Lockstep:
         network: role -> its network.
         names: all roles, in one order in all processes.
         idle: what a process calls a network with that it does not need: states, times and condition of one full batch.
+        within: the context of such a call, as that of the others has it (precision).
         idle_calls: how often it had to, for those who wonder where time goes.
     """
 
     network: Callable[[str], Network]
     names: Sequence[str]
     idle: Callable[[], Arguments]
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
     idle_calls: int = 0
     _outputs: list[Tensor] = field(default_factory=list[Tensor])
 
@@ -90,7 +93,7 @@ class Lockstep:
         role, mode = divmod(step - CALLS, 3)
         states, times, condition = self.idle()
         self.idle_calls += 1
-        with torch.set_grad_enabled(mode != WITHOUT):
+        with torch.set_grad_enabled(mode != WITHOUT), self.within():
             states = states.detach().requires_grad_() if mode == THROUGH else states
             self._called(self.names[role], (states, times, condition))
 

@@ -90,11 +90,11 @@ class Loop:
         began = time.perf_counter()
         with torch.no_grad():
             experience = self.method.collect(run)
-        if self.config.offload_experience:
-            experience = experience.resting()
         collected, scored = time.perf_counter(), run.reward_seconds
         diversity = _diversity(run, experience)
-        experience = replace(experience, media=None)  # not to be kept while the networks learn
+        experience = experience.changed(media=None)  # not to be kept while the networks learn
+        if self.config.offload_experience:
+            experience = experience.resting()
         learned: Row = {}
         for place, phase in enumerate(self.method.phases(run)):
             if phase.when(iteration):
