@@ -50,9 +50,10 @@ bench-peers: $(STAMP) .bench/trl/.stamp
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# Kill -9 at random moments, fifty times per method; two hundred generated recipes; a full disk.
+# Kill -9 at random moments, fifty times per method; two hundred generated recipes and damaged checkpoints; faults of
+# rewards; hostile prompts; a full disk.
 soak: $(STAMP)
-	DIFFTILT_KILLS=50 DIFFTILT_RECIPES=200 $(BIN)/pytest -m '' tests/reliability --timeout 7200
+	DIFFTILT_KILLS=50 DIFFTILT_RECIPES=200 DIFFTILT_DAMAGES=200 $(BIN)/pytest -m '' tests/reliability --timeout 7200
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -221,6 +221,7 @@ def collect(
 
 def evaluate(
     what: RecipeLike,
+    output: str | Path | None = None,
     *,
     progress: Callable[[str], None] | None = None,
     overrides: Sequence[str] = (),
@@ -231,16 +232,19 @@ def evaluate(
     Args:
         what: a run directory, whose newest checkpoint is evaluated, or one of its checkpoints
             (``RUN/checkpoints/step_20``), or a recipe, whose pretrained model is.
+        output: directory for ``evaluation.json`` and ``samples``: a picture of a few prompts, with the same noise for
+            every step; further steps of the same run may be added; ``difftilt report`` shows the first and the last.
         progress: called with a sentence that says which step of which run is evaluated.
         overrides: ``dotted.key=value``, as on the command line.
         settings: the same by keyword, e.g. ``**{"training.evaluation_samples": 512}``.
     """
+    kept = None if output is None else Path(output)
     checkpoint = checkpoint_of(Path(what)) if isinstance(what, str | Path) else None
     if checkpoint is None:
-        return evaluate_recipe(_typed(what, overrides, settings), None)
+        return evaluate_recipe(_typed(what, overrides, settings), None, kept)
     run = run_of(checkpoint)
     (progress or _silent)(f"{checkpoint.name.replace('_', ' ')} of {run}")
-    return evaluate_recipe(_typed(run / CONFIG, overrides, settings), checkpoint)
+    return evaluate_recipe(_typed(run / CONFIG, overrides, settings), checkpoint, kept)
 
 
 def judge(

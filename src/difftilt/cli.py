@@ -162,6 +162,9 @@ def collect(
 def evaluate(
     what: Annotated[str, typer.Argument(metavar="RECIPE|RUN_DIR", help=EVALUATED)],
     overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Directory for numbers and pictures; other steps of the run may be added.")
+    ] = None,
     seed: Seed = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -169,8 +172,10 @@ def evaluate(
     """Measure reward, drift and diversity of a recipe's model, or of a checkpoint of a run."""
     from difftilt import api, tables
 
-    metrics = api.evaluate(what, progress=_said, overrides=[*(overrides or []), *_shortcuts(seed=seed)])
+    metrics = api.evaluate(what, output, progress=_said, overrides=[*(overrides or []), *_shortcuts(seed=seed)])
     _print_json(metrics) if as_json else _print(tables.metric_table({"value": metrics}))
+    if output is not None:
+        _said(f"pictures: {output / 'samples'}; `difftilt report {output}` shows them")
 
 
 @app.command()

@@ -1,8 +1,9 @@
 """Evaluating the model of a recipe, as it comes or with the weights of a checkpoint of a run."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,16 +12,20 @@ from difftilt.errors import UserError
 from difftilt.models.lora import roles_of
 from difftilt.models.roles import CopiedRoles
 from difftilt.recipes.building import build_task
-from difftilt.recipes.directory import CONFIG
-from difftilt.recipes.schema import Recipe
+from difftilt.recipes.directory import CONFIG, check_free, differences
+from difftilt.recipes.schema import Recipe, load_recipe
 from difftilt.sampling.noise import Noise
 from difftilt.training.base import MethodBase
 from difftilt.training.checkpoint import load_checkpoint, newest_checkpoint
+from difftilt.training.gallery import gallery_of, save_gallery, show
+from difftilt.training.logs import finite, told_if_full, write_text
 from difftilt.training.measure import measure
 from difftilt.training.protocol import Method, Task
 from difftilt.training.run import LoopRun
 from difftilt.training.world import World
 
+EVALUATION, SAMPLES = "evaluation.json", "samples"
+"""Of the output of an evaluation: numbers by step, and what to look at."""
 CHECKPOINTS = "checkpoints"
 """Of a run directory: ``step_0``, ``step_20``, ..., and ``latest``."""
 
@@ -107,16 +112,45 @@ def restore(recipe: Recipe, checkpoint: Path | None) -> Restored:
     return Restored(replace(task, model=model), method, roles, step)
 
 
-def evaluate_recipe(recipe: Recipe, checkpoint: Path | None) -> dict[str, float]:
+def evaluate_recipe(recipe: Recipe, checkpoint: Path | None, output: Path | None = None) -> dict[str, float]:
     """Reward, drift and diversity on held-out prompts: the same numbers, prompts and noise as in training.
 
     Args:
         recipe: names task, method and the settings of evaluation.
         checkpoint: whose weights; None evaluates the pretrained model.
+        output: directory for the numbers and for samples of a few prompts, with the same noise for every step.
+
+    Raises:
+        UserError: for an output that holds anything but evaluations of the same recipe.
     """
+    held = {} if output is None else _held(output, recipe)
     restored, config = restore(recipe, checkpoint), recipe.training
     noise, device = Noise(config.seed), torch.device(config.device)
     run = LoopRun(restored.task, restored.roles, World(), noise, config.forward_batch, device, config.execution)
     method = restored.method
     sampler = method.sampler(restored.task)
-    return measure(run, method.evaluated_role, sampler, config.evaluation_samples, config.seed).numbers
+    numbers = measure(run, method.evaluated_role, sampler, config.evaluation_samples, config.seed).numbers
+    if output is not None:
+        gallery = gallery_of(restored.task)
+        shown = show(run, method.evaluated_role, sampler, gallery, config.seed)
+        with told_if_full(output, "or name another directory"):
+            save_gallery(output / SAMPLES, restored.step, gallery, shown)
+            write_text(output / CONFIG, recipe.to_yaml())
+            steps = held | {str(restored.step): finite(numbers)}
+            write_text(output / EVALUATION, json.dumps({"steps": steps}, indent=1) + "\n")
+    return numbers
+
+
+def _held(output: Path, recipe: Recipe) -> dict[str, Any]:
+    """The steps that a directory holds evaluations of; refused if prompts, noise or reward were others there."""
+    if not (output / EVALUATION).is_file():
+        check_free(output, "name another one, or one that an evaluation wrote, to compare steps")
+        return {}
+    changed = differences(load_recipe(output / CONFIG).resolved(), recipe.resolved())
+    if changed:
+        lines = [f"  {key}: {was!r} there, {now!r} asked for" for key, (was, now) in changed.items()]
+        raise UserError("\n".join([f"{output} holds evaluations of another recipe: name another directory", *lines]))
+    try:
+        return dict(json.loads((output / EVALUATION).read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{output / EVALUATION} is damaged: name another directory") from error

@@ -122,8 +122,16 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
     shortcuts = {"seed": f"{section}.seed", "iterations": f"{section}.iterations"}
     full = [_full_key(override, shortcuts) for override in overrides]
     if full:
-        values, _ = read(escaped(values), full)
+        values, _ = read(escaped(_without_old_reward(values, full)), full)
     return type_recipe(values, source)
+
+
+def _without_old_reward(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The values without the fields of a reward that an override replaces by another: they are not the new one's."""
+    named = [value for key, _, value in (override.partition("=") for override in overrides) if key == "reward.name"]
+    held = values.get("reward")
+    same = not isinstance(held, Mapping) or cast(Mapping[str, Any], held).get("name") in (named[-1:] or [None])
+    return values if same or not named else {key: value for key, value in values.items() if key != "reward"}
 
 
 def _full_key(override: str, shortcuts: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from difftilt.models.ledger import Ledger
+from difftilt.rewards.prompts import metadata_of
 from difftilt.rewards.protocol import Samples
 from difftilt.sampling.noise import Noise
 from difftilt.sampling.protocol import Sampler
@@ -50,10 +51,15 @@ class Gallery:
 
 
 def gallery_of(task: Task) -> Gallery:
-    """The first different prompts of a task, held-out ones before training ones."""
+    """The first different prompts of a task, held-out ones before training ones.
+
+    Training prompts that lack metadata of the held-out ones are left out: the reward may want it.
+    """
     heldout = list(dict.fromkeys(task.heldout_prompts))[:HELDOUT]
     unseen = set(task.heldout_prompts) - set(task.prompts)
-    trained = [prompt for prompt in dict.fromkeys(task.prompts) if prompt not in heldout][:TRAINED]
+    told = metadata_of(heldout).keys()
+    trained = [prompt for prompt in dict.fromkeys(task.prompts) if prompt not in heldout]
+    trained = [prompt for prompt in trained if told <= metadata_of([prompt]).keys()][:TRAINED]
     prompts = [*heldout, *trained]
     images = len(task.model.shape) >= 3 and not task.model.dtype_tokens
     size = IMAGES if images else max(1, (OTHERS if task.draw is None else DRAWINGS) // len(prompts))

@@ -48,11 +48,15 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def finite(row: Mapping[str, float | int]) -> dict[str, float | int | None]:
+    """Numbers as JSON has them: None for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
 def append_row(path: Path, row: Mapping[str, float | int]) -> None:
     """Append one line and flush it to the disk. Numbers that are not finite are written as null: missing, not zero."""
-    clean = {name: value if math.isfinite(value) else None for name, value in row.items()}
     with path.open("a") as file:
-        file.write(json.dumps(clean) + "\n")
+        file.write(json.dumps(finite(row)) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

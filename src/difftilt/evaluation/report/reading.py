@@ -24,6 +24,7 @@ from difftilt.recipes.loading import read
 from difftilt.training.monitors import MonitorConfig, Verdict, judge, summarise
 
 OF_TRAINING = ("metrics.jsonl", "before.json", "summary.json")
+EVALUATION = "evaluation.json"
 OF_STEERING = ("result.json", "samples.safetensors")
 
 
@@ -151,10 +152,26 @@ def _read_run(path: Path, name: str) -> RunRecord:
     damage = Damage()
     config, text = _config(path / "config.yaml", damage)
     there = {entry.name for entry in path.iterdir()}
+    if EVALUATION in there:
+        return _read_evaluation(path, name, config, text, damage)
     steering = "steerer" in config or not (there & set(OF_TRAINING) or "method" in config)
     if steering:
         return _read_steering(path, name, config, text, damage)
     return _read_training(path, name, config, text, damage)
+
+
+def _read_evaluation(path: Path, name: str, config: dict[str, Any], text: str, damage: Damage) -> RunRecord:
+    """What ``difftilt evaluate --output`` kept: of the first and the last step."""
+    held = mapping(read_object(path / EVALUATION, damage).get("steps"))
+    steps = sorted(int(step) for step in held if step.isdecimal())
+    ends = [numbers(mapping(held[str(step)])) for step in steps] or [{}]
+    before = ends[0] if len(ends) > 1 else {}
+    last = steps[-1] if steps else None
+    samples = read_gallery(path, damage, evaluation=True)
+    return RunRecord(
+        path, name, False, config, text, [], last or 0, before, ends[-1], last, None, [], [], {}, None, samples,
+        damage.lines,
+    )  # fmt: skip
 
 
 def _config(path: Path, damage: Damage) -> tuple[dict[str, Any], str]:

@@ -92,8 +92,8 @@ def kind_of(media: Tensor) -> Kind | None:
     return None
 
 
-def read_gallery(run: Path, damage: Damage) -> Gallery | None:
-    """The gallery of a training run; None where it kept none or none can be read."""
+def read_gallery(run: Path, damage: Damage, *, evaluation: bool = False) -> Gallery | None:
+    """The gallery of a training run, or of evaluations; None where it kept none or none can be read."""
     if (run / "samples").is_dir() and not (run / "samples" / "prompts.json").exists():
         damage.add("prompts.json is missing: the samples cannot be shown")
     described = read_object(run / "samples" / "prompts.json", damage)
@@ -105,7 +105,9 @@ def read_gallery(run: Path, damage: Damage) -> Gallery | None:
     if not prompts or len(flags) != len(prompts) or not isinstance(size, int) or size < 1:
         damage.add("prompts.json is damaged (it needs prompts, as many flags heldout, and a size)")
         return None
-    found = [_stage(path, step, len(prompts) * size, damage) for step, path in _ends(run / "samples", damage)]
+    found = [
+        _stage(path, step, len(prompts) * size, damage) for step, path in _ends(run / "samples", damage, evaluation)
+    ]
     stages = tuple(stage for stage in found if stage is not None)
     if len({(kind_of(stage.media), stage.media.shape[1:]) for stage in stages}) > 1:
         damage.add("the samples before and after are of different shapes; only the newest are shown")
@@ -155,10 +157,12 @@ def prompts_of(summary: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return [entry for entry in items(summary.get("prompts")) if isinstance(entry, dict)]
 
 
-def _ends(directory: Path, damage: Damage) -> list[tuple[int, Path]]:
-    """(step, file) of the stage before training and of the newest one."""
+def _ends(directory: Path, damage: Damage, evaluation: bool) -> list[tuple[int, Path]]:
+    """(step, file) of the stage before training and of the newest one; of evaluations of the first and the last."""
     matches = ((re.fullmatch(r"step_(\d+)\.safetensors", path.name), path) for path in sorted(directory.iterdir()))
     found = sorted((int(match[1]), path) for match, path in matches if match)
+    if evaluation:
+        return [*found[:1], *found[1:][-1:]]
     if not found or found[0][0] != 0:
         damage.add("step_0.safetensors is missing: there are no samples from before training")
     return [found[0], found[-1]] if len(found) > 1 and found[0][0] == 0 else found[-1:]
