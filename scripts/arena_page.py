@@ -68,6 +68,16 @@ Trained members and the base are sampled by the task's solver, steerers by its s
 shows without steering. [metrics.md](metrics.md) defines the rest.
 
 A higher reward at a larger drift is no better method: read the picture, not one column.
+
+## Which steerer is missing where
+
+| steerer | missing | why |
+| --- | --- | --- |
+| find | everywhere | It learns one law of the noise for each prompt and then draws any number of samples at the price of plain ones, so it has no cost of one sample. [Its page](methods/find.md) compares it with best-of-n. |
+| peptune | sequences, molecules | Its outcome is one archive of trade-offs between several objectives, not independent samples; with the one reward of an arena the archive holds the best sequence seen and the search is best-of-n on a tree, which dts-star stands for. [Its page](methods/peptune.md) compares it at equal reward calls. |
+| doit | sequences, molecules | It moves the score of a continuous state; tokens have none. |
+| doit | digits, shapes | The reward calls that an arena has for one sample pay for two simulations a step on digits and four on shapes, too few to estimate a mean from. [Its page](methods/doit.md) measures digits with sixteen. |
+| ttsnap, fitted | all but shapes | The budget has to pay for the fit, some hundreds of finished trajectories, before the first sample; [its page](methods/ttsnap.md) measures what a fit gains. |
 """
 
 NOTES = {

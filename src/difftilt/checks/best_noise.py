@@ -104,7 +104,7 @@ def _objective(mean: Float[Tensor, "2"], std: Float[Tensor, "2"]) -> Float[Tenso
 
 
 @cache
-def _best() -> float:
+def best_objective() -> float:
     """Its largest value over diagonal Gaussians: by gradients through the sampler, which the learner never has."""
     place = torch.zeros(4, requires_grad=True)
     adam = torch.optim.Adam([place], lr=0.05)
@@ -122,4 +122,4 @@ def short_of_best(**settings: Any) -> float:
     law = on_mixture(MODES, 6, iterations=150, rollouts=32, learning_rate=0.03, **settings)
     found = [float(_objective(mean, std)) for mean, std in zip(law.mean, law.std, strict=True)]
     with torch.enable_grad():
-        return _best() - sum(found) / len(found)
+        return best_objective() - sum(found) / len(found)

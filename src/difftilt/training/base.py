@@ -1,10 +1,12 @@
 """Defaults of a training method: everything but ``collect`` and ``phases``."""
 
 from collections.abc import Mapping
+from functools import partial
+from typing import Generic, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
-from difftilt.models.protocol import GenerativeModel, RoleSpec
+from difftilt.models.protocol import GenerativeModel, Lagging, RoleSpec
 from difftilt.sampling.protocol import Sampler
 from difftilt.training.protocol import Task
 
@@ -34,6 +36,40 @@ class MethodBase:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Nothing to restore."""
+
+
+class Averaging(Protocol):
+    """Settings that name how far weights are averaged."""
+
+    @property
+    def ema(self) -> float:
+        """Largest decay of the average; 0 is none."""
+        ...
+
+
+AveragingConfig = TypeVar("AveragingConfig", bound=Averaging)
+
+
+class AveragedMethod(MethodBase, Generic[AveragingConfig]):
+    """Averaged weights are evaluated, where the settings ask for them.
+
+    Attributes:
+        config: of the method.
+        average_every: when the average follows: after each iteration, or after so many optimiser steps.
+    """
+
+    config: AveragingConfig
+    average_every: Literal["iteration"] | int = "iteration"
+
+    @property
+    def evaluated_role(self) -> str:
+        return "ema" if self.config.ema else "current"
+
+    def roles(self) -> Mapping[str, RoleSpec]:
+        """``ema``, where it is evaluated."""
+        if not self.config.ema:
+            return {}
+        return {"ema": Lagging("current", partial(warm_decay, largest=self.config.ema), every=self.average_every)}
 
 
 def warm_decay(n: int, largest: float) -> float:

@@ -4,7 +4,7 @@ A member of the family says how its rollouts branch, what each recorded step is 
 back; everything else is here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Generic, Literal, TypeVar
@@ -16,13 +16,12 @@ from torch import Tensor
 
 from difftilt.config import Config as Settings
 from difftilt.errors import UserError
-from difftilt.models.protocol import Lagging, RoleSpec
 from difftilt.process.masked import MaskedProcess
 from difftilt.sampling.presets import Preset
 from difftilt.sampling.protocol import Guide, NoiseSource, Observe, Trajectory
 from difftilt.sampling.rollout import Plan, rollout, start_state
 from difftilt.sampling.windows import Motion, moving_start, random_start, window_mask
-from difftilt.training.base import MethodBase, warm_decay
+from difftilt.training.base import AveragedMethod
 from difftilt.training.config import GroupSampling
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.grids import grid_of
@@ -106,7 +105,7 @@ AnyConfig = TypeVar("AnyConfig", bound=PolicyGradientConfig)
 ChainsConfig = TypeVar("ChainsConfig", bound=ChainConfig)
 
 
-class PolicyGradient(MethodBase, Generic[AnyConfig]):
+class PolicyGradient(AveragedMethod[AnyConfig], Generic[AnyConfig]):
     """One surrogate phase over recorded steps; ``collect`` is the member's own.
 
     Args:
@@ -114,22 +113,14 @@ class PolicyGradient(MethodBase, Generic[AnyConfig]):
         task: gives the grid and the model.
     """
 
+    average_every = 8
+
     def __init__(self, config: AnyConfig, task: Task) -> None:
         _check_surrogate(config, task)
         self.config = config
         self.preset = make_preset(config)
         self.grid = grid_of(task, config.steps, config.shift)
         self.clean_end = task.sampler.clean_end
-
-    @property
-    def evaluated_role(self) -> str:
-        return "ema" if self.config.ema else "current"
-
-    def roles(self) -> Mapping[str, RoleSpec]:
-        """``ema`` for evaluation."""
-        if not self.config.ema:
-            return {}
-        return {"ema": Lagging("current", partial(warm_decay, largest=self.config.ema), every=8)}
 
     def phases(self, run: Run) -> Sequence[Phase]:
         """The surrogate with its KL, on whole samples."""

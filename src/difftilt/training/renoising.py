@@ -6,9 +6,7 @@ noise together with the sample (or with its group, where a pair or a group share
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -17,11 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from difftilt.errors import UserError
-from difftilt.models.protocol import Lagging, RoleSpec
 from difftilt.process.gaussian import GaussianPrediction, GaussianProcess, as_gaussian
 from difftilt.process.protocol import Process
 from difftilt.sampling.protocol import Edges, NoiseSource, Sampler
-from difftilt.training.base import MethodBase, warm_decay
+from difftilt.training.base import AveragedMethod
 from difftilt.training.config import GroupSampling
 from difftilt.training.experience import Experience, PromptBatch
 from difftilt.training.grids import grid_of
@@ -45,7 +42,7 @@ class ForwardConfig(GroupSampling):
 C = TypeVar("C", bound=ForwardConfig)
 
 
-class ForwardProcess(MethodBase, Generic[C]):
+class ForwardProcess(AveragedMethod[C], Generic[C]):
     """Unguided samples of one role, by the task's solver; averaged weights are evaluated.
 
     Attributes:
@@ -64,15 +61,6 @@ class ForwardProcess(MethodBase, Generic[C]):
             raise UserError(f"{name} needs a Gaussian process: tokens have no velocity; use a discrete method")
         self.config = config
         self.grid = grid_of(task, config.steps, config.shift)
-
-    @property
-    def evaluated_role(self) -> str:
-        return "ema" if self.config.ema else "current"
-
-    def roles(self) -> Mapping[str, RoleSpec]:
-        """``ema``, which is evaluated."""
-        largest = self.config.ema
-        return {"ema": Lagging("current", partial(warm_decay, largest=largest))} if largest else {}
 
     def sampler(self, task: Task) -> Sampler:
         """The task's, without guidance: the improvement is trained in."""

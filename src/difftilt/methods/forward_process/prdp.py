@@ -10,7 +10,7 @@ larger of the two squared errors counts, so that several gradient steps on one b
 in two passes, with the activations of one microbatch at a time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from difftilt.card import Card
 from difftilt.errors import UserError
-from difftilt.models.protocol import Lagging, RoleSpec
 from difftilt.objectives.pairs import pessimistic_difference_error, ranked_pairs
 from difftilt.process.gaussian import GaussianProcess
 from difftilt.sampling.presets import dance_sde, ddim, flow_sde
@@ -31,7 +30,7 @@ from difftilt.sampling.rollout import Plan, replay, rollout, start_state
 from difftilt.sampling.steps import GaussianStep
 from difftilt.sampling.windows import window_mask
 from difftilt.statistics.folds import distinct, segment_mean, segment_sum
-from difftilt.training.base import MethodBase, warm_decay
+from difftilt.training.base import AveragedMethod
 from difftilt.training.config import GroupSampling
 from difftilt.training.drawing import rolled
 from difftilt.training.experience import Experience, PromptBatch, scored_experience
@@ -83,7 +82,7 @@ class Config(GroupSampling):
     """Largest squared signal scale at t = 1 that is accepted: what the start knows of the sample cannot be tilted."""
 
 
-class PRDP(MethodBase):
+class PRDP(AveragedMethod[Config]):
     """Roll out with ``current``, score, regress differences of log-ratios on differences of rewards.
 
     Raises:
@@ -99,14 +98,6 @@ class PRDP(MethodBase):
         self.grid = grid_of(task, config.steps, config.shift)
         # where the noise of the last step would stay in the sample it follows the ODE
         self.clean_end = task.sampler.clean_end and config.kernel != "ddim"
-
-    @property
-    def evaluated_role(self) -> str:
-        return "ema" if self.config.ema else "current"
-
-    def roles(self) -> Mapping[str, RoleSpec]:
-        """``ema`` for evaluation; the old weights live in the recorded log-probabilities."""
-        return {"ema": Lagging("current", partial(warm_decay, largest=self.config.ema))} if self.config.ema else {}
 
     def sampler(self, task: Task) -> Sampler:
         """The policy itself: the stochastic chain, under the task's guidance."""
