@@ -5,57 +5,17 @@ no noise. The states of the chains are stored, so they grow with the steps; acti
 """
 
 import json
-import weakref
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.table import Table
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from benchmarks.training import assembled, collected, once
 from benchmarks.workload import SIZES, Size, make_task
 from difftilt.methods.forward_process.prdp import PRDP, Config
+from difftilt.training.memory import Live
 
 STEPS = (10, 50)
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the tensors that were made while it was on and are still alive: now, and at most so far."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = dict[int, weakref.ref[torch.UntypedStorage]]()
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._made, result)
-        return result
-
-    def _made(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
-        if key in self._known:
-            return
-
-        def gone(_: object) -> None:
-            self.now -= size
-            del self._known[key]
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, cast
 from difftilt.checks.collect import collect as proofs_under
 from difftilt.checks.collect import run
 from difftilt.checks.proof import Result
+from difftilt.environment import environment
 from difftilt.errors import UserError
 from difftilt.evaluation.arena.records import ArenaResult
 from difftilt.evaluation.arena.run import compare_arena
@@ -16,6 +17,7 @@ from difftilt.recipes.building import build_reward, build_task, laws_of, require
 from difftilt.recipes.calls import call_of_objects, call_of_recipe, run_call
 from difftilt.recipes.collecting import collect_groups
 from difftilt.recipes.directory import CONFIG, check_free, check_output, run_directory
+from difftilt.recipes.estimating import Diagnosis, estimate
 from difftilt.recipes.evaluating import checkpoint_of, evaluate_recipe, run_of
 from difftilt.recipes.exporting import export_checkpoint, export_result
 from difftilt.recipes.fitting import FitResult, fit_recipe
@@ -339,6 +341,34 @@ def compare(
     chosen = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
     with told_if_full(Path(output), "then go on with --resume"):
         return compare_arena(recipe, Path(output), chosen, resume=resume, tell=progress or _silent)
+
+
+def doctor(
+    recipe: RecipeLike | None = None,
+    *,
+    processes: int = 1,
+    sharded: bool = False,
+    overrides: Sequence[str] = (),
+    **settings: object,
+) -> Diagnosis:
+    """What this machine has and what is installed; of a recipe also the memory that it needs.
+
+    Args:
+        recipe: of training or steering; None looks at the machine alone.
+        processes: share the samples of an iteration.
+        sharded: weights, gradients and optimiser state are cut among them.
+        overrides: ``dotted.key=value``, as on the command line.
+        settings: the same by keyword.
+
+    Raises:
+        UserError: if the recipe is wrong, or a pipeline's settings cannot be had.
+    """
+    if recipe is None:
+        if overrides or settings:
+            raise UserError("overrides change a recipe: name one with --recipe")
+        return Diagnosis(environment())
+    typed = _typed(recipe, overrides, settings)
+    return Diagnosis(environment(), estimate(typed, processes, sharded=sharded))
 
 
 def reward_server(

@@ -270,6 +270,22 @@ def serve_reward(
     serve_until_stopped(server, _out)
 
 
+@app.command()
+def doctor(
+    overrides: Overrides = None,
+    recipe: Annotated[str | None, typer.Option(help="Also estimate the memory that this recipe needs.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="That share the recipe's work.")] = 1,
+    sharded: Annotated[bool, typer.Option("--sharded", help="Weights are cut among them.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what this machine has and what is installed; with a recipe also what memory it needs, before it is run."""
+    from difftilt import api, tables
+
+    found = api.doctor(recipe, processes=processes, sharded=sharded, overrides=overrides or [])
+    _print_json(found.plain()) if as_json else _print(tables.doctor_report(found))
+
+
 @app.command("list")
 def list_(
     kind: Annotated[str, typer.Argument(help="methods, steerers, rewards, models, testbeds or recipes.")],

@@ -148,15 +148,22 @@ def _remedy(missing: str) -> str:
     return f"pip install {missing.partition('.')[0]}" if extra is None else f"pip install 'difftilt[{extra}]'"
 
 
-def _extra(missing: str) -> str | None:
-    """The first extra that offers a package."""
-    wanted = _normal(missing.partition(".")[0])
+def extras() -> dict[str, list[str]]:
+    """Extra -> packages, as the installation declares them."""
+    offered: dict[str, list[str]] = {}
     for line in importlib.metadata.requires("difftilt") or []:
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", line)
         name = re.match(r"[\w.-]+", line)
-        if extra and name and _normal(name[0]) == wanted:
-            return extra[1]
-    return None
+        if extra and name:
+            offered.setdefault(extra[1], []).append(name[0])
+    return offered
+
+
+def _extra(missing: str) -> str | None:
+    """The first extra that offers a package."""
+    wanted = _normal(missing.partition(".")[0])
+    found = (extra for extra, packages in extras().items() if wanted in map(_normal, packages))
+    return next(found, None)
 
 
 def _normal(name: str) -> str:

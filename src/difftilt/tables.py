@@ -11,8 +11,10 @@ from rich.text import Text
 
 from difftilt.checks.proof import Result
 from difftilt.config import Config
+from difftilt.environment import readable
 from difftilt.errors import UserError, printable
 from difftilt.leaves import ROOMS, Leaf, cards, load, nearest
+from difftilt.recipes.estimating import Diagnosis, Estimate
 from difftilt.recipes.fitting import FitResult
 from difftilt.recipes.loading import packaged, read
 from difftilt.recipes.parts import config_of
@@ -120,6 +122,39 @@ def steer_report(summary: Mapping[str, Any]) -> RenderableType:
     more += [Text(f"all samples of {equal} prompts have the same reward: nothing was chosen there")] if equal else []
     more += [] if summary["complete"] else [Text("ended early: this is what the finished rounds found")]
     return Group(table, *more, Text(f"best sample of each prompt, mean: {best}"), Text(f"cost: {cost}"))
+
+
+def doctor_report(found: Diagnosis) -> RenderableType:
+    """Machine, programs and extras; of a recipe memory line by line, and the verdict."""
+    has = found.environment
+    machine = Table(box=None, show_header=False)
+    for name, value in {**has.versions, "system": has.system, "cores": f"{has.cores}, {has.threads} threads"}.items():
+        machine.add_row(Text(name), Text(value))
+    machine.add_row("memory", _size(has.memory))
+    for name, size in has.devices.items():
+        machine.add_row(Text(name), _size(size))
+    for name, path in has.programs.items():
+        machine.add_row(Text(name), Text(path or "not installed"))
+    extras = Table("extra", "installed", "missing", "to install", box=None, header_style="bold")
+    for extra in has.extras:
+        there = ", ".join(f"{name} {version}" for name, version in extra.packages.items() if version is not None)
+        missing = ", ".join(name for name, version in extra.packages.items() if version is None)
+        extras.add_row(*map(Text, (extra.name, there, missing, extra.install or "")))
+    if found.estimate is None:
+        return Group(machine, Text(), extras)
+    return Group(machine, Text(), extras, Text(), _memory_table(found.estimate), Text(found.estimate.verdict, "bold"))
+
+
+def _memory_table(estimate: Estimate) -> Table:
+    table = Table("memory of a process", "size", "how it was found", box=None, header_style="bold")
+    for line in estimate.lines:
+        name = f"{line.name} (for a while)" if line.passing else line.name
+        table.add_row(Text(name), _size(line.bytes), Text(line.note))
+    return table
+
+
+def _size(count: int | None) -> Text:
+    return Text("unknown" if count is None else readable(count))
 
 
 def result_objects(results: Iterable[Result]) -> list[dict[str, Any]]:

@@ -1,8 +1,6 @@
 """How networks are evaluated: precision, compilation, and what a pass keeps for its gradient."""
 
 import os
-import shutil
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from difftilt.config import Config
+from difftilt.environment import compiler
 from difftilt.errors import UserError
 from difftilt.models.lora import switched, switched_on
 from difftilt.models.protocol import Network
@@ -79,11 +78,10 @@ def _check_backend(backend: str) -> None:
     known: list[str] = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise UserError(f"compile_backend = {backend!r}: torch knows {', '.join(known)}")
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if backend == "inductor" and shutil.which(compiler) is None:
+    if backend == "inductor" and compiler() is None:
         raise UserError(
-            f"compile: inductor needs a compiler for C++, and there is no {compiler}: install one (on Debian apt-get "
-            "install g++), name yours in the variable CXX, or leave compile out"
+            f"compile: inductor needs a compiler for C++, and there is no {os.environ.get('CXX', 'g++')}: install one "
+            "(on Debian apt-get install g++), name yours in the variable CXX, or leave compile out"
         )
 
 

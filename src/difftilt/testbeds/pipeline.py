@@ -95,14 +95,24 @@ def pipeline_task(
         UserError: if there is no such pipeline, no family serves it, or it cannot be sampled like this.
     """
     options = TaskOptions() if options is None else options
-    adapter = adapt(source, options)
+    return task_of_adapter(adapt(source, options), reward, prompts, heldout_prompts, options.noise_level)
+
+
+def task_of_adapter(
+    adapter: Adapter,
+    reward: Reward,
+    prompts: Sequence[str],
+    heldout_prompts: Sequence[str] | None = None,
+    noise_level: float | None = None,
+) -> Task:
+    """The task of a pipeline that has its adapter; arguments as in :func:`pipeline_task`."""
     return Task(
         name=type(adapter.pipe).__name__,
         model=adapter.model,
         reward=reward,
         prompts=list(prompts),
         heldout_prompts=list(prompts if heldout_prompts is None else heldout_prompts),
-        sampler=sampler_of(adapter, options.noise_level),
+        sampler=sampler_of(adapter, noise_level),
     )
 
 
