@@ -134,7 +134,7 @@ def test_another_reward_leaves_nothing_of_the_old_one(
     assert load_recipe(recipe, ["reward.name=image"]).resolved()["reward"]["kind"] == "ink"
     (tmp_path / "other_rewards.py").write_text("def second(samples):\n    return samples.media[:, 1]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    other = package.evaluate(finished, **{"reward.name": "other_rewards:second"})
+    other = package.evaluate(finished, overrides=["reward.name=other_rewards:second"])
     assert other["reward"] != logged(finished, 2)["reward"]
     assert other["kl_reference"] == logged(finished, 2)["kl_reference"]
 
@@ -163,8 +163,8 @@ def test_a_pipeline_with_a_lora_is_evaluated_on_other_prompts_and_by_another_rew
     with without_pictures():
         run = package.train(recipe, tmp_path / "run")
     assert package.evaluate(tmp_path / "run")["reward"] == run.after["reward"]
-    new = {"testbed.heldout_prompts": str(tmp_path / "new.jsonl"), "reward.name": "lora_rewards:numbered"}
-    assert package.evaluate(tmp_path / "run", tmp_path / "kept", **new)["reward"] == 5.5
+    new = [f"testbed.heldout_prompts={tmp_path}/new.jsonl", "reward.name=lora_rewards:numbered"]
+    assert package.evaluate(tmp_path / "run", tmp_path / "kept", overrides=new)["reward"] == 5.5
     kept = json.loads((tmp_path / "kept" / "samples" / "prompts.json").read_text())
     assert (kept["prompts"], kept["heldout"]) == (["a dog", "two cats"], [True, True])
     scores = load_file(tmp_path / "kept" / "samples" / "step_1.safetensors")["score"]
