@@ -1,7 +1,7 @@
 """Run the benchmarks and write their results: ``python -m benchmarks [NAME ...] [--repeats N]``.
 
 Studies, which time nothing, run only when they are named: ``signal``, ``attribution``, ``memory``, ``nodes``,
-``ttsnap_replay`` and ``pareto``; the first two take half an hour each.
+``ttsnap_replay``, ``pareto`` and ``gpu``; the first two take half an hour each, the last wants a GPU.
 
 Always exits with 0: a machine that is slow, or busy, is no error. Whether a bound holds is printed and stored.
 """
@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import attribution, memory, nodes, overlap, pareto, signal, ttsnap
+from benchmarks import attribution, gpu, memory, nodes, overlap, pareto, signal, ttsnap
 from benchmarks.noise_laws import find_overhead
 from benchmarks.paired import Report, Subject, measure
 from benchmarks.sampling import (
@@ -69,9 +69,10 @@ GROUPS = {
     "updates": tuple(name for name in BENCHMARKS if name.startswith("update_")),
 }
 """One name for several benchmarks."""
-STUDIES = ("signal", "attribution", "memory", "nodes", "ttsnap_replay", "pareto")
+STUDIES = ("signal", "attribution", "memory", "nodes", "ttsnap_replay", "pareto", "gpu")
 """No timing: how much of a policy gradient is signal, how much of an advantage the doing of its own step, what an
-iteration keeps and what a tree, pruned search over recorded rewards, and how good the trade-offs of searches are."""
+iteration keeps and what a tree, pruned search over recorded rewards, and how good the trade-offs of searches are; and
+transformers of real size."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     reports: list[Report] = []
     for name in [name for name in options.names if name in STUDIES]:
-        study(name, options.size, options.repeats, options.output / f"{name}.json")
+        size = "quick" if name == "gpu" and options.quick else options.size
+        study(name, size, options.repeats, options.output / f"{name}.json")
     named = [one for name in options.names for one in GROUPS.get(name, (name,))]
     for name in [name for name in named if name in TIMED] or ([] if options.names else TIMED):
         size = SIZES[options.size]
@@ -105,6 +107,8 @@ def study(name: str, size: str, repeats: int, path: Path) -> None:
         console.print(nodes.table(nodes.run(size, path)))
     elif name == "pareto":
         console.print(pareto.table(pareto.run(size, repeats, path)))
+    elif name == "gpu":
+        console.print(gpu.table(gpu.run(gpu.SIZES[size], path)))
     elif name == "attribution":
         console.print(attribution.table(attribution.run(attribution.chosen(size), repeats, path)))
     else:
@@ -146,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threads", type=_positive, default=1, help="of PyTorch (default 1)")
     parser.add_argument("--size", choices=list(SIZES), default="full", help="tiny only shows that everything runs")
+    parser.add_argument("--quick", action="store_true", help="of gpu: small latents and few steps, some ten minutes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="directory of results")
     return parser
 

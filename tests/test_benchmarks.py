@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from difftilt.checks.trial import gradient
+from difftilt.training.memory import Live
 
 UPDATES = {
     "update_flow_grpo": (1, 1),
@@ -102,10 +103,26 @@ def test_an_iteration_keeps_the_states_of_more_steps_and_no_more_activations() -
     assert many.collect - few.collect < 2 * (many.states - few.states) + 100 * rows
 
 
+def test_transformers_of_the_real_families_are_timed_beside_floor_and_stock_pipeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = importlib.import_module("benchmarks.__main__").main
+    assert main(["gpu", "--size", "tiny", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["shapes"]["device"]
+    assert [row["model"] for row in found["rows"]] == ["SD3.5 Medium", "FLUX.1"]
+    shown = capsys.readouterr().out
+    for row in found["rows"]:
+        assert row["model"] in shown
+        assert row["images_per_second"].keys() == {"plain", "difftilt", "stock"}
+        assert row["seconds"].keys() == {"rollout", "reward", "update"}
+        for group in ("images_per_second", "seconds", "peak", "teraflops"):
+            assert all(value > 0 for value in row[group].values())
+
+
 def test_what_is_alive_is_counted_while_it_is_alive() -> None:
-    memory = importlib.import_module("benchmarks.memory")
     weight = torch.ones(1000, requires_grad=True)
-    with memory.Live() as live:
+    with Live() as live:
         kept = torch.zeros(1000)
         view = kept[:10]
         assert (live.now, live.peak) == (4000, 4000)

@@ -118,7 +118,7 @@ def steer_report(summary: Mapping[str, Any]) -> RenderableType:
     cost = ", ".join(f"{name} {count}" for name, count in summary["ledger"].items())
     invalid = sum(row["invalid"] or 0 for row in summary["prompts"])
     more += [Text(f"{invalid} samples were invalid or had no score; they were never chosen")] if invalid else []
-    equal = summary["equal"]
+    equal = summary.get("equal", 0)
     more += [Text(f"all samples of {equal} prompts have the same reward: nothing was chosen there")] if equal else []
     more += [] if summary["complete"] else [Text("ended early: this is what the finished rounds found")]
     return Group(table, *more, Text(f"best sample of each prompt, mean: {best}"), Text(f"cost: {cost}"))
