@@ -16,17 +16,19 @@ from training_runs import CASES, relative, steady
 from two_processes import main
 
 Found = dict[str, Tensor]
+LONG = [pytest.mark.long, pytest.mark.timeout(1500)]
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Directories of the run alone and of the run in two processes."""
+@pytest.fixture(scope="module", params=["none", pytest.param("full", marks=LONG)])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Directories of the run alone and of the run in two processes, whose weights are whole or in parts."""
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
     script = Path(__file__).with_name("two_processes.py")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(script), str(together), "2"], capture_output=True, text=True, timeout=280)
+    command = [*torchrun, str(script), str(together), "2", request.param]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280 if request.param == "none" else 1400)
     assert done.returncode == 0, done.stderr[-4000:]
-    main(alone, 1)
+    main(alone, 1, "none")
     return alone, together
 
 

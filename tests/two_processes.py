@@ -1,6 +1,6 @@
 """Trains every method for a few iterations and writes what happened: alone, or in two processes under ``torchrun``.
 
-Usage: two_processes.py DIRECTORY PROCESSES
+Usage: two_processes.py DIRECTORY PROCESSES SHARDING
 """
 
 import sys
@@ -110,19 +110,19 @@ def gathered(world: World) -> dict[str, Tensor]:
     return {f"gathered/{n}": column for n, column in enumerate([*every, world.gather(ranks["place"])])}
 
 
-def main(directory: Path, processes: int) -> None:
+def main(directory: Path, processes: int, sharding: str) -> None:
     torch.set_num_threads(1)
     world = join_world()
     assert world.size == processes, f"{processes} processes asked for, {world.size} are there"
     found: dict[str, Tensor] = {}
     for name in CASES:
         task = task_of(name)
-        first = first_iteration(make_case(name, task), task, world)
+        first = first_iteration(make_case(name, task), task, world, make_config(sharding=sharding))
         found |= {f"{name}/{key}": value for key, value in first.items()}
         task = task_of(name)
         method = make_case(name, task)
         own = directory / name / f"rank{world.rank}"
-        config = make_config(iterations=ITERATIONS, checkpoint_every=2, evaluate_every=2)
+        config = make_config(iterations=ITERATIONS, checkpoint_every=2, evaluate_every=2, sharding=sharding)
         with nullcontext() if name in METHODS else without_pictures():
             result = train_task(task, method, config, own, laws=("ratio_one",), world=world)
         weights = result.run.roles.state_dict()
@@ -142,4 +142,4 @@ def main(directory: Path, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
