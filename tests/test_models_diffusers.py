@@ -15,6 +15,7 @@ from difftilt.errors import UserError
 from difftilt.models.denoiser import denoiser
 from difftilt.models.diffusers import Clock, PipelineOptions, adapt, schedule_of
 from difftilt.models.diffusers.texts import EncodedTexts, identity_of
+from difftilt.models.lora import LoraSettings, adapted, switched
 from difftilt.models.roles import CopiedRoles
 from difftilt.sampling.kernels import DDIM
 from difftilt.sampling.rollout import sample_by_kernel
@@ -342,6 +343,21 @@ def test_identity_depends_on_weights_tokenizer_and_settings() -> None:
     assert identity(pipe) != identity(pipe, max_sequence_length=8)
     same.tokenizer = pipelines.clip_tokenizer(merges=())
     assert identity(pipe) != identity(same)
+
+
+def test_encoders_with_adapters_do_not_share_the_rows_of_those_without() -> None:
+    """A cache on disk would hand the prompts of a trained encoder to every later use of the one that it came from."""
+    pipe = stable_diffusion()
+    settings = LoraSettings(rank=2, targets=("q_proj",))
+    before, held = identity_of({}, [pipe.text_encoder], []), adapted(pipe.text_encoder, settings)
+    fresh = identity_of({}, [pipe.text_encoder], [])
+    with torch.no_grad():
+        for weight in held.parameters():
+            weight.add_(0.1)
+    moved = identity_of({}, [pipe.text_encoder], [])
+    with switched(pipe.text_encoder, None):
+        off = identity_of({}, [pipe.text_encoder], [])
+    assert len({before, fresh, moved, off}) == 4
 
 
 def test_encoders_are_asked_once_on_the_device_of_the_network_and_leave_it(

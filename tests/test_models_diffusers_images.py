@@ -14,7 +14,7 @@ import difftilt
 from difftilt.errors import UserError
 from difftilt.models.denoiser import denoiser
 from difftilt.models.diffusers import PipelineOptions, adapt
-from difftilt.models.protocol import Stateful
+from difftilt.models.protocol import START, START_TIME, Stateful
 from difftilt.rewards.prompts import Prompt
 from difftilt.rewards.protocol import Samples
 from difftilt.sampling.rollout import begun
@@ -29,7 +29,6 @@ from pipelines import (
     stable_diffusion_3,
     stable_diffusion_inpaint,
     stable_diffusion_xl,
-    start_of,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning")
@@ -55,18 +54,22 @@ def pictured(folder: Path, side: int = 24) -> list[Prompt]:
     return found
 
 
+@pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_sampling_equals_the_stock_pipelines_and_depends_on_image_and_mask(family: str, tmp_path: Path) -> None:
+def test_sampling_equals_the_stock_pipelines_and_depends_on_image_and_mask(
+    family: str, strength: float, tmp_path: Path
+) -> None:
+    """Below strength 1 the image with noise on is where sampling begins, as in image to image."""
     make, side, guidance = FAMILIES[family]
     pipe, prompts = make(), pictured(tmp_path)
-    options = PipelineOptions(steps=4, guidance=guidance, height=side, width=side, cache="off")
+    options = TaskOptions(steps=4, guidance=guidance, height=side, width=side, strength=strength, cache="off")
     adapter = adapt(pipe, options)
-    model, condition = adapter.model, adapter.model.encode(prompts)
+    model, condition, grid = adapter.model, adapter.model.encode(prompts), sampler_of(adapter).grid
     assert isinstance(condition, Stateful)
-    noise = start_of(model.shape)
+    noise = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(3))
     denoise = denoiser(model, guidance=adapter.guidance)
-    ours = model.decode(EulerSolver()(denoise, model.process.prior(noise), condition, adapter.schedule.grid))
+    ours = model.decode(EulerSolver()(denoise, begun(model.process, noise, condition), condition, grid))
     images, masks = ([Image.open(one.metadata[name]) for one in prompts] for name in ("image", "mask_image"))
     # the pipeline would draw the latents of the images from the encoder's law
     law = "diffusers.models.autoencoders.vae.DiagonalGaussianDistribution"
@@ -75,18 +78,38 @@ def test_sampling_equals_the_stock_pipelines_and_depends_on_image_and_mask(famil
             list(map(str, prompts)),
             image=images,
             mask_image=masks,
-            latents=adapter.packed(noise.clone()),
+            generator=torch.Generator().manual_seed(3),
             height=side,
             width=side,
             num_inference_steps=4,
             guidance_scale=guidance,
-            strength=1.0,
+            strength=strength,
             output_type="pt",
         ).images
     assert float((ours - stock).abs().max()) < 1e-4
-    swapped = Stateful(condition.condition, {"known": condition.state["known"].flip(0)})
-    other = model.decode(EulerSolver()(denoise, model.process.prior(noise), swapped, adapter.schedule.grid))
-    assert float((ours - other).abs().max()) > 1e-3
+    for name, value in condition.state.items():
+        swapped = Stateful(condition.condition, {**condition.state, name: value.flip(0)})
+        other = model.decode(EulerSolver()(denoise, begun(model.process, noise, swapped), swapped, grid))
+        assert name == START_TIME or float((ours - other).abs().max()) > 1e-3
+
+
+def test_the_strength_that_is_left_out_is_the_pipelines_own() -> None:
+    """That of XL's inpainting is 0.9999, which leaves out a step and begins from the image."""
+    adapters = [adapt(make(), PipelineOptions(steps=4, cache="off")) for make, _, _ in FAMILIES.values()]
+    assert [(len(one.grid), one.begins) for one in adapters] == [(5, False), (4, True), (5, False)]
+
+
+@torch.no_grad()
+def test_a_picture_is_turned_as_its_camera_was_held(tmp_path: Path) -> None:
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90 degrees clockwise
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=turned)
+    model = adapt(from_images("sd"), PipelineOptions(cache="off")).model
+    files = [str(tmp_path / f"{name}.png") for name in ("upright", "turned")]
+    one, other = model.encode([Prompt("a", {"image": file}) for file in files]).state[START]
+    assert torch.equal(one, other)
 
 
 FROM_IMAGES: dict[str, tuple[Callable[[], Any], str, float]] = {
@@ -196,11 +219,17 @@ def test_a_network_that_does_not_see_the_mask_is_refused() -> None:
     ("metadata", "said"),
     [
         ({}, "'image' is missing"),
+        ({"image": "bomb.png"}, "'bomb.png' cannot be read as a picture .*exceeds limit"),
         ({"image": "here.png"}, "'here.png' cannot be read as a picture"),
         ({"image": 3}, "'image' is 3"),
     ],
 )
-def test_a_prompt_without_a_readable_image_is_named(metadata: dict[str, Any], said: str) -> None:
+def test_a_prompt_without_a_readable_image_is_named(
+    metadata: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.zeros((40, 40, 3), dtype=np.uint8)).save("bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     model = adapt(stable_diffusion_inpaint(), PipelineOptions(cache="off")).model
     with pytest.raises(UserError, match=said):
         model.encode([Prompt("a vase", metadata)])

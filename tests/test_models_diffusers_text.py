@@ -13,6 +13,7 @@ import difftilt
 import pipelines
 from difftilt.errors import UserError
 from difftilt.models.diffusers import PipelineOptions, adapt
+from difftilt.models.lora import LoraSettings, roles_of
 from test_models_diffusers_export import sampled, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning")
@@ -69,6 +70,24 @@ def test_all_weights_of_both_become_a_pipeline(tmp_path: Path) -> None:
     assert any(not torch.equal(value, fresh[name]) for name, value in loaded.text_encoder.state_dict().items())
 
 
+def test_encoders_that_an_earlier_use_of_the_pipeline_froze_are_trained() -> None:
+    pipe = pipelines.stable_diffusion()
+    adapt(pipe, PipelineOptions(cache="off"))
+    assert not any(weight.requires_grad for weight in pipe.text_encoder.parameters())
+    adapt(pipe, PipelineOptions(cache="off", train_text_encoder=True))
+    assert all(weight.requires_grad for weight in pipe.text_encoder.parameters())
+
+
+def test_targets_of_a_lora_that_reach_no_text_encoder_are_refused() -> None:
+    model = adapt(pipelines.stable_diffusion(), PipelineOptions(cache="off", train_text_encoder=True)).model
+    with pytest.raises(UserError, match=r"training\.lora\.targets: no layer of text_encoder is adapted"):
+        roles_of(model, {}, LoraSettings(rank=2, targets=("to_q",)))
+
+
 def test_families_whose_encoders_are_not_trained_say_so() -> None:
     with pytest.raises(UserError, match="text encoders of FluxPipeline are not trained"):
         adapt(pipelines.flux(), PipelineOptions(train_text_encoder=True))
+    pipe = pipelines.stable_diffusion_xl()
+    pipe.text_encoder = None
+    with pytest.raises(UserError, match="this StableDiffusionXLPipeline has no text_encoder"):
+        adapt(pipe, PipelineOptions(train_text_encoder=True))

@@ -23,6 +23,7 @@ from training_runs import (
     make_config,
     make_experience,
     make_loop,
+    make_method,
     make_task,
     without_pictures,
 )
@@ -314,3 +315,20 @@ def test_a_run_whose_experience_rests_learns_the_same_bits(case: str, monkeypatc
     assert fetches
     for key, value in ends[0].items():
         assert torch.equal(value, ends[1][key]), key
+
+
+def test_experience_still_rests_while_it_is_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Experience] = []
+    whole = Updater.run_phase
+
+    def watched(updater: Updater, phase: Phase, experience: Experience, noise: Noise) -> dict[str, float]:
+        seen.append(experience)
+        return whole(updater, phase, experience, noise)
+
+    monkeypatch.setattr(Updater, "run_phase", watched)
+    task = make_task()
+    make_loop(make_method("diffusion-nft", task), task, offload_experience=True).iterate(0)
+    for experience in seen:
+        assert experience.media is None
+        assert isinstance(vars(experience)["x_0"], Pooled)
+    assert seen

@@ -4,6 +4,7 @@ import json
 from collections.abc import Generator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -303,3 +304,20 @@ def test_an_iteration_decodes_its_samples_once_and_lets_them_go(name: str) -> No
     assert rows == [16]
     assert loop.rows[0]["diversity"] > 0
     assert all(call.args[1].media is None for call in learned.call_args_list)
+
+
+def test_what_is_measured_of_samples_is_no_part_of_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def tick(*given: object, by: float = 1.0) -> float:
+        clock[0] += by
+        return clock[0]
+
+    monkeypatch.setattr("difftilt.training.loop.time.perf_counter", tick)
+    monkeypatch.setattr("difftilt.training.loop.diversity_of", partial(tick, by=1e6))
+    task = make_task()
+    loop = make_loop(make_method("diffusion-nft", task), task)
+    loop.iterate(0)
+    assert loop.rows[-1]["diversity"] >= 1e6
+    assert loop.rows[-1]["time/update"] < 100
+    assert loop.rows[-1]["samples_per_second"] > 16 / 100

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from difftilt.recipes.building import build_task
 from difftilt.recipes.schema import load_recipe
 from difftilt.rewards import Capabilities, FunctionReward, Samples, WeightedSum
 from difftilt.rewards.agreement import Agreement
+from difftilt.rewards.prompts import Prompt
 from difftilt.statistics.proportions import wilson_interval
 from difftilt.testbeds.molecules import Molecules
 from difftilt.testbeds.sequences import Sequences
-from difftilt.training.pairs import in_batches, read_pairs
+from difftilt.training.pairs import Pair, groups_of, in_batches, read_pairs
 from training_runs import without_pictures
 
 SEQUENCES = "sequences/best-of-n"
@@ -217,3 +219,21 @@ def test_pairs_of_other_prompts_are_named(tmp_path: Path) -> None:
     row = {"prompt": "a cat", "chosen": "30.png", "rejected": "220.png"}
     with pytest.raises(UserError, match=r"1 of 1 pairs have prompts .* the first is line 1, 'a cat'"):
         build_task(load_recipe(recipe | {"data": written(tmp_path / "other.jsonl", [row])}))
+
+
+def test_pairs_of_one_text_and_several_images_belong_to_the_prompt_of_their_image() -> None:
+    task = Sequences().task()
+    prompts = [Prompt("a", {"image": name, "source": name * 2}) for name in ("one.png", "two.png")]
+    task = replace(task, prompts=prompts, model=replace(task.model, latents=lambda media: media))
+    tokens = torch.zeros(task.model.shape, dtype=torch.int64)
+    pairs = [
+        Pair(f"line {line}", Prompt("a", {"image": name}), tokens, tokens)
+        for line, name in enumerate(("two.png", "one.png"), start=1)
+    ]
+    assert groups_of(task, pairs).prompt.tolist() == [1, 1, 0, 0]
+    with pytest.raises(UserError, match="prompts that are no training prompts"):
+        groups_of(task, [Pair("line 1", Prompt("a", {"image": "three.png"}), tokens, tokens)])
+    with pytest.raises(UserError, match=r"line 1, 'a'.* 2 training prompts read so.*metadata"):
+        groups_of(task, [Pair("line 1", "a", tokens, tokens)])
+    same = replace(task, prompts=[Prompt("a", {"source": name}) for name in ("x", "y")])
+    assert groups_of(same, [Pair("line 1", "a", tokens, tokens)]).prompt.tolist() == [0, 0]

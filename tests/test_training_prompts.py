@@ -78,6 +78,18 @@ def test_lines_of_json_with_different_keys(tmp_path: Path) -> None:
     assert metadata_of(as_prompts(file)[1:])["exclude"] == [None]
 
 
+def test_pictures_are_named_from_where_the_file_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("here.png", "data/beside.png"):
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "a", "image": "beside.png", "mask_image": "here.png", "note": "beside.png"}]
+    (found,) = as_prompts(written(Path("data/prompts.jsonl"), rows))
+    assert metadata_of([found]) == {"image": ["data/beside.png"], "mask_image": ["here.png"], "note": ["beside.png"]}
+    (listed,) = as_prompts(rows)
+    assert metadata_of([listed])["image"] == ["beside.png"]
+
+
 def test_all_bad_lines_are_told_at_once(tmp_path: Path) -> None:
     bad = ["{", "[1]", '{"text": "a"}', '{"prompt": 3}', '{"prompt": "a", "x": NaN}', '{"prompt": "a", "prompt": "b"}']
     bad += ['{"prompt": "fine"}', '{"prompt": "half \\ud83d"}', '{"prompt": "a", "x": 1e999}']

@@ -13,7 +13,7 @@ READ = 4096
 """Values of every tensor that are read, at most."""
 
 
-def fingerprint(network: Network, read: int | None = READ) -> str:
+def fingerprint(network: Network, read: int | None = READ, *, adapters: bool = False) -> str:
     """SHA-256 of name, type, shape and some values of every tensor of a network: one model, one fingerprint.
 
     Tensors of up to ``read`` values are read whole, larger ones at ``read`` fixed places, so what it costs grows with
@@ -26,18 +26,19 @@ def fingerprint(network: Network, read: int | None = READ) -> str:
     Args:
         network: one without weights (a closed form) has the fingerprint of nothing.
         read: None reads every value.
+        adapters: count them as well.
     """
     digest = hashlib.sha256()
-    for name, value in _base(network) if isinstance(network, nn.Module) else ():
+    for name, value in _tensors(network, adapters) if isinstance(network, nn.Module) else ():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
         digest.update(_some(value.detach(), read).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _base(network: nn.Module) -> list[tuple[str, Tensor]]:
+def _tensors(network: nn.Module, adapters: bool) -> list[tuple[str, Tensor]]:
     """Names and tensors as they are without adapters: ``peft`` calls an adapted layer's own weights ``base_layer``."""
-    found = network.state_dict().items()
-    return sorted((name.replace(".base_layer.", "."), value) for name, value in found if ".lora_" not in name)
+    found = [one for one in network.state_dict().items() if adapters or ".lora_" not in one[0]]
+    return sorted(((name.replace(".base_layer.", "."), value) for name, value in found), key=lambda one: one[0])
 
 
 def _some(value: Tensor, read: int | None) -> Shaped[Tensor, " values"]:

@@ -206,7 +206,15 @@ def _targets(network: nn.Module, wanted: Sequence[str]) -> list[str]:
             f"training.lora.targets: no layer's name ends in {', '.join(map(repr, unmatched))}; the layers end in "
             f"{', '.join(known[:20])}"
         )
-    return [name for name in names if any(_ends(name, end) for end in wanted)]
+    found = [name for name in names if any(_ends(name, end) for end in wanted)]
+    parts = network if isinstance(network, nn.ModuleDict) else ()
+    without = [part for part in parts if not any(name.startswith(f"{part}.") for name in found)]
+    if without:
+        raise UserError(
+            f"training.lora.targets: no layer of {', '.join(without)} is adapted, which is to be trained too: name "
+            "some of its layers as well, or do not train it (train_text_encoder)"
+        )
+    return found
 
 
 def _ends(name: str, end: str) -> bool:

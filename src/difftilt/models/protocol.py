@@ -24,6 +24,15 @@ class Stateful(Batched):
     state: Condition
 
 
+def remembers(given: Condition, prepared: Condition) -> bool:
+    """Whether a model has added state of its own to a condition, or renewed it, before a step.
+
+    State that a condition brings with it (known pixels, a beginning) stays as it is: :meth:`Denoiser.prepare` then
+    returns the very condition that it was given.
+    """
+    return isinstance(prepared, Stateful) and prepared is not given
+
+
 START, START_TIME = "start", "start_time"
 """Names in the state of a condition whose samples begin from a given one, corrupted, instead of from pure noise: clean
 latents (batch, *shape), and the time (batch,), float64, that they are corrupted to."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from difftilt.models.protocol import Denoiser, Stateful
+from difftilt.models.protocol import Denoiser, remembers
 from difftilt.process.protocol import Condition
 from difftilt.sampling.kernels import Euler
 from difftilt.sampling.noise import Noise
@@ -136,4 +136,4 @@ def _keeps_state(denoise: Denoiser, start: Start) -> bool:
     """Whether the model adds state of its own to a condition."""
     one = take(start, torch.zeros(1, dtype=torch.int64))
     prepared = denoise.prepare(one.x, one.x.new_full((1,), start.times[0]), one.condition)
-    return isinstance(prepared, Stateful)
+    return remembers(one.condition, prepared)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from difftilt.models.protocol import START, START_TIME, Denoiser, Stateful
+from difftilt.models.protocol import START, START_TIME, Denoiser, Stateful, remembers
 from difftilt.process.grid import check_grid
 from difftilt.process.protocol import Condition, Prediction, Process
 from difftilt.sampling.kernels import Euler
@@ -162,7 +162,10 @@ def rollout(
         if bool(moving.all()):
             front = walk.advance(front, position)
         elif bool(moving.any()):
-            front = _merge(front, walk.advance(take(front, moving.nonzero()[:, 0]), position), moving)
+            before_step = take(front, moving.nonzero()[:, 0])
+            after_step = walk.advance(before_step, position)
+            _refuse_memory(before_step.condition, after_step.condition)
+            front = _merge(front, after_step, moving)
     edges = walk.recorder.collected(front.last_edge)
     root = front.row.to(x.device)
     return Trajectory(front.x, root, take(condition, root), edges, front.last_edge, denoise.ledger - before)
@@ -359,14 +362,14 @@ CHANGED = ("x", "last_edge", "stored")
 """What a step changes in a row that goes on."""
 
 
-def _merge(front: _Front, moved: _Front, moving: Bool[Tensor, " rows"]) -> _Front:
-    """``front`` with the moved rows written back.
-
-    Raises:
-        ValueError: if the model keeps state along a trajectory, which rows that have not begun do not have yet.
-    """
-    if isinstance(moved.condition, Stateful):
+def _refuse_memory(given: Condition, prepared: Condition) -> None:
+    """Refuse a model that keeps state along a trajectory, which rows that have not begun do not have yet."""
+    if remembers(given, prepared):
         raise ValueError("rows with state of their own must move together: complete states of one time at a time")
+
+
+def _merge(front: _Front, moved: _Front, moving: Bool[Tensor, " rows"]) -> _Front:
+    """``front`` with the moved rows written back."""
     rows = moving.nonzero()[:, 0].to(front.x.device)
     return replace(front, **{name: getattr(front, name).index_copy(0, rows, getattr(moved, name)) for name in CHANGED})
 

@@ -156,7 +156,8 @@ class Frontier:
                 "the task's kernel is deterministic, so a tree of its chains branches at the root alone: use "
                 "best-of-n, or a stochastic kernel, such as DDIM with eta above 0 or FlowSDE"
             )
-        if isinstance(moment.condition, Stateful):
+        # state that the conditions of prompts bring with them stays as it is
+        if isinstance(moment.condition, Stateful) and not isinstance(self.condition, Stateful):
             raise UserError(
                 "the model keeps state along a trajectory, and rollouts from stored states have none: use fk-steering"
             )

@@ -95,6 +95,7 @@ class Loop:
         experience = experience.changed(media=None)  # not to be kept while the networks learn
         if self.config.offload_experience:
             experience = experience.resting()
+        measured = time.perf_counter()
         learned: Row = {}
         for place, phase in enumerate(self.method.phases(run)):
             if phase.when(iteration):
@@ -110,9 +111,10 @@ class Loop:
         row["time/reward"] = run.reward_seconds
         if run.hidden_seconds:
             row["hidden_reward_seconds"] = run.hidden_seconds
-        row["time/rollout"] = collected - began - scored
-        row["time/update"] = ended - collected - (run.reward_seconds - scored)
-        row["samples_per_second"] = sum(run.world.lengths(len(experience.index))) / (ended - began)
+        drawing, learning = collected - began, ended - measured
+        row["time/rollout"] = drawing - scored
+        row["time/update"] = learning - (run.reward_seconds - scored)
+        row["samples_per_second"] = sum(run.world.lengths(len(experience.index))) / (drawing + learning)
         every = self.config.evaluate_every
         if (every and (iteration + 1) % every == 0) or iteration + 1 == self.config.iterations:
             row |= {f"heldout/{name}": value for name, value in self.evaluate(iteration + 1).numbers.items()}

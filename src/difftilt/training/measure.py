@@ -170,11 +170,17 @@ def _by_category(run: LoopRun, column: Tensor, prompts: Sequence[str]) -> dict[s
 
 def drift_of(run: LoopRun, role: str, x_0: Tensor, batch: PromptBatch, noise: Noise) -> Float[Tensor, " samples"]:
     """Path KL of ``role`` to the reference from each sample, in nats: unguided, on a grid of its own."""
-    grid = uniform_grid(DRIFT_STEPS)
+    grid = _drift_grid(run.task)
     if run.roles.same(role, "reference"):
         return torch.zeros(len(x_0), device=x_0.device)
     current, reference = run.denoiser(role, 1.0), run.denoiser("reference", 1.0)
     return path_kl(current, reference, x_0, batch.condition, grid, noise, batch.index)
+
+
+def _drift_grid(task: Task) -> Float[Tensor, " times"]:
+    """Even steps over the times that samples pass: all of them, or those below the one that they begin at."""
+    grid = uniform_grid(DRIFT_STEPS)
+    return grid * task.sampler.grid[0].to(grid) if task.sampler.begins else grid
 
 
 def quick_drift(run: LoopRun, role: str, x_0: Tensor, condition: Condition, index: Int[Tensor, " samples"]) -> float:
@@ -191,7 +197,7 @@ def quick_drift(run: LoopRun, role: str, x_0: Tensor, condition: Condition, inde
     earlier = sum(run.world.lengths(len(x_0))[: run.world.rank])
     rows = torch.arange(max(0, min(run.forward_batch - earlier, len(x_0))))
     step = (first + earlier + rows) % DRIFT_STEPS
-    times = uniform_grid(DRIFT_STEPS)
+    times = _drift_grid(run.task)
     kl = torch.zeros(0, device=x_0.device)
     if len(rows):
         grid, rows = torch.stack([times[step], times[step + 1]], dim=1), rows.to(x_0.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from difftilt.config import Config, Problems
 from difftilt.errors import UserError, quoted
+from difftilt.models.diffusers.known import IMAGE, PICTURES
 from difftilt.models.protocol import GenerativeModel
 from difftilt.process.protocol import Condition
 from difftilt.rewards.pictures import ENDINGS, as_image, read_image
@@ -234,21 +235,49 @@ def groups_of(task: Task, pairs: Sequence[Pair]) -> Experience:
         UserError: for a model without a way into its latent space, media it has none for, or prompts that are no
             training prompts of the task.
     """
-    model, known = task.model, {prompt: place for place, prompt in enumerate(task.prompts)}
+    model = task.model
     if model.latents is None:
         raise UserError(f"{task.name} has no way from media to latents, so no pairs can be learned from")
-    strange = [pair for pair in pairs if pair.prompt not in known]
+    places = _places(task.prompts, pairs)
+    strange = [pair for pair, place in zip(pairs, places, strict=True) if place is None]
     if strange:
         raise UserError(
             f"{len(strange)} of {len(pairs)} pairs have prompts that are no training prompts of {task.name!r}, the "
             f"first is {strange[0].where}, {quoted(strange[0].prompt)}: name the file of pairs as prompts as well"
         )
     members = [member for pair in pairs for member in (pair.chosen, pair.rejected)]
-    places = torch.tensor([known[pair.prompt] for pair in pairs]).repeat_interleave(2)
+    prompt = torch.tensor([place for place in places if place is not None]).repeat_interleave(2)
     rows = torch.arange(len(members))
     score = (rows % 2 == 0).float()
     # conditions are encoded when a group has its turn
-    return Experience(rows, rows // 2, places, None, _latents(model, members), score, {"preferred": score}, no_edges())
+    return Experience(rows, rows // 2, prompt, None, _latents(model, members), score, {"preferred": score}, no_edges())
+
+
+def _places(prompts: Sequence[str], pairs: Sequence[Pair]) -> list[int | None]:
+    """For each pair the first prompt of its text and of the metadata that it names; None where there is none.
+
+    Raises:
+        UserError: where prompts with several images have the text of a pair that does not say which is meant.
+    """
+    alike: dict[str, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        alike.setdefault(str(prompt), []).append(place)
+    found: list[int | None] = []
+    for pair in pairs:
+        own = _metadata(pair.prompt)
+        fits = [place for place in alike.get(str(pair.prompt), ()) if own.items() <= _metadata(prompts[place]).items()]
+        seen = {tuple(str(_metadata(prompts[place]).get(name)) for name in PICTURES) for place in fits}
+        if len(seen) > 1:
+            raise UserError(
+                f"{pair.where}, {quoted(pair.prompt)}: {len(seen)} training prompts read so, with other images: "
+                f"name the column {IMAGE!r} of the pairs in their metadata"
+            )
+        found.append(fits[0] if fits else None)
+    return found
+
+
+def _metadata(prompt: str) -> Mapping[str, Any]:
+    return prompt.metadata if isinstance(prompt, Prompt) else {}
 
 
 def _latents(model: GenerativeModel, members: Sequence[Member], batch: int = 32) -> Tensor:

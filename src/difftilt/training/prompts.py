@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 
 from difftilt.config import Config, Problems
 from difftilt.errors import UserError
+from difftilt.models.diffusers.known import PICTURES
 from difftilt.rewards.prompts import TEXT, Prompt, prompt_of
 from difftilt.training.datasets import rows_of_dataset
 from difftilt.training.jsonl import Row, read_text, rows_of_jsonl
@@ -80,7 +81,8 @@ def read_prompts(source: str | Path | Mapping[str, Any] | PromptSource) -> Mappi
     """Where a prompt stands ("line 3", "row 0") -> prompt.
 
     Of a text file empty lines and lines that begin with ``#`` are left out. All prompts of a source have the same names
-    in their metadata, with None where a line has no such key.
+    in their metadata, with None where a line has no such key. A picture that is to be begun from or to be inpainted
+    (``image``, ``mask_image``) and lies where the source lies is told by its path from here.
 
     Raises:
         UserError: for what cannot be read or holds no prompt, and with all lines that are none.
@@ -95,10 +97,11 @@ def read_prompts(source: str | Path | Mapping[str, Any] | PromptSource) -> Mappi
     name, path = source.source, Path(source.source).expanduser()
     if path.suffix == ".jsonl" and not path.is_dir():
         _refuse_unread(source, ("split", "subset"))
-        return _of_rows(source, rows_of_jsonl(path))
+        return _of_rows(source, rows_of_jsonl(path), path.parent)
     if path.is_dir() or path.suffix == ".parquet" or (not path.exists() and _is_id(name)):
         wanted = None if source.metadata is None else (source.column, *source.metadata)
-        return _of_rows(source, rows_of_dataset(name, source.split, source.subset, wanted))
+        rows = rows_of_dataset(name, source.split, source.subset, wanted)
+        return _of_rows(source, rows, path if path.is_dir() else path.parent)
     if path.suffix in MEANT:
         raise UserError(
             f"prompts {name!r}: {path.suffix} files are not read: write one JSON object per line into a .jsonl file, "
@@ -132,14 +135,14 @@ def _of_text(name: str, path: Path) -> Mapping[str, str]:
     return prompts
 
 
-def _of_rows(source: PromptSource, rows: Iterable[Row]) -> Mapping[str, str]:
-    """Prompts of JSON objects or rows of a data set."""
+def _of_rows(source: PromptSource, rows: Iterable[Row], folder: Path) -> Mapping[str, str]:
+    """Prompts of JSON objects or rows of a data set, which lies in a folder."""
     problems, found = Problems(), dict[str, str]()
     for where, row, wrong in rows:
         if wrong is not None:
             problems.add(f"{where}: {wrong}")
         else:
-            found[where] = _of_row(source, where, row, problems)
+            found[where] = _of_row(source, where, row, folder, problems)
     problems.check(source.source)
     if not found:
         raise UserError(
@@ -148,7 +151,7 @@ def _of_rows(source: PromptSource, rows: Iterable[Row]) -> Mapping[str, str]:
     return dict(zip(found, _same_names([*found.values()]), strict=True))
 
 
-def _of_row(source: PromptSource, where: str, row: Mapping[str, Any], problems: Problems) -> str:
+def _of_row(source: PromptSource, where: str, row: Mapping[str, Any], folder: Path, problems: Problems) -> str:
     text = row.get(source.column)
     if not isinstance(text, str):
         said = f"is {_short(text)}, not a text" if source.column in row else f"is missing, there are {_listing(row)}"
@@ -158,9 +161,20 @@ def _of_row(source: PromptSource, where: str, row: Mapping[str, Any], problems: 
     absent = [name for name in names if name not in row]
     if absent and len(absent) == len(names):
         problems.add(f"{where}: has none of the metadata {', '.join(absent)}, there are {_listing(row)}")
-    found = Prompt(text, {name: row.get(name) for name in names})
+    found = Prompt(text, {name: _found(name, row.get(name), folder) for name in names})
     check_prompt(where, found, problems)
     return found
+
+
+def _found(name: str, value: object, folder: Path) -> object:
+    """A value of metadata, with the path of a picture as it is found from here."""
+    if name not in PICTURES or not isinstance(value, str):
+        return value
+    try:
+        beside = (folder / value).is_file()
+    except (OSError, ValueError):  # what is too long, or holds a zero
+        return value
+    return str(folder / value) if beside else value
 
 
 def _listing(row: Mapping[str, Any]) -> str:

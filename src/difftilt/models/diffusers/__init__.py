@@ -5,8 +5,8 @@ add a family, write a file with a ``CARD``, a :class:`Backbone` that calls the n
 encodes prompts; its test compares sampling with the stock pipeline (``tests/test_models_diffusers.py``).
 
 Traps: time is difftilt's, t = 0 at the data, and only :class:`~difftilt.models.diffusers.schedules.Clock` knows the
-network's own. A :class:`Backbone` holds the network alone: roles copy it. Nothing here imports ``diffusers`` before a
-pipeline is there.
+network's own. A :class:`Backbone` holds only what is trained: roles copy it. Nothing here imports ``diffusers`` before
+a pipeline is there.
 """
 
 from difftilt.models.diffusers.adapter import Adapter

@@ -46,7 +46,7 @@ class Adapter:
     image_to_image: ClassVar[tuple[str, ...]] = ()
     """Those of them that begin from an image with noise on."""
     inpainting: ClassVar[tuple[str, ...]] = ()
-    """Those of them whose network is told of known pixels beside the prompt."""
+    """Those of them whose network is told of known pixels beside the prompt; below strength 1 they begin from them."""
     backbone: ClassVar[type[Backbone]]
     """How the network is called."""
     denoisers: ClassVar[tuple[str, ...]] = ("transformer",)
@@ -64,6 +64,8 @@ class Adapter:
             component = self._component(name)
             if component is not None:
                 component.requires_grad_(False).eval()
+        for name in self.trained_encoders:
+            self._component(name).requires_grad_(True)  # an earlier use of the pipeline has frozen them
         self._prepare_vae()
         self.check()
         self.texts = EncodedTexts(
@@ -79,7 +81,7 @@ class Adapter:
         """Text encoders that are trained with the network.
 
         Raises:
-            UserError: if the family has no way to.
+            UserError: if the family has no way to, or the pipeline lacks one.
         """
         if not self.options.train_text_encoder:
             return ()
@@ -87,6 +89,12 @@ class Adapter:
             raise UserError(
                 f"train_text_encoder: the text encoders of {type(self.pipe).__name__} are not trained; leave it out"
             )
+        for name in self.encoders:
+            if self._component(name) is None:
+                raise UserError(
+                    f"train_text_encoder: this {type(self.pipe).__name__} has no {name}: load it with one, or leave "
+                    "train_text_encoder out"
+                )
         return self.encoders
 
     def chosen(self, option: str, parameter: str | None = None) -> Any:
@@ -227,10 +235,15 @@ class Adapter:
         parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         return torch.cat([make(self.pipe, self._latents_on, part, self.size) for part in parts])
 
-    @property
+    @cached_property
     def begins(self) -> bool:
-        """Whether samples begin from the images of their prompts."""
-        return type(self.pipe).__name__ in self.image_to_image
+        """Whether samples begin from the images of their prompts: at strength 1 inpainting begins from noise."""
+        return type(self.pipe).__name__ in self.image_to_image or (self.inpaints and self.strength < 1)
+
+    @cached_property
+    def strength(self) -> float:
+        """Share of the steps that is taken, of pipelines that may begin from an image."""
+        return float(self.chosen("strength"))
 
     @cached_property
     def grid(self) -> Float[Tensor, " times"]:
@@ -239,16 +252,14 @@ class Adapter:
         Raises:
             UserError: if none is left, or there is no image to begin from.
         """
-        whole = self.schedule.grid
         if not self.begins:
-            if self.options.strength is not None:
+            if self.options.strength is not None and not self.inpaints:
                 raise UserError(f"strength: {type(self.pipe).__name__} begins from noise: leave it out")
-            return whole
-        strength = float(self.chosen("strength"))
-        skipped = self.skipped(strength)
+            return self.schedule.grid
+        skipped, strength = self.skipped(self.strength), self.strength
         if skipped >= self.steps:
             raise UserError(f"strength = {strength:g}: none of {self.steps} steps is left: raise strength, or steps")
-        return whole[skipped:]
+        return self.schedule.grid[skipped:]
 
     def skipped(self, strength: float) -> int:
         """Steps that are not taken at a strength, rounded as the pipeline rounds."""

@@ -11,13 +11,16 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from difftilt.errors import UserError
 
 IMAGE, MASK = "image", "mask_image"
 """Names in the metadata of a prompt, as the pipelines call what they take."""
+
+PICTURES = (IMAGE, MASK)
+"""All of them: paths, which a file of prompts names from where it lies."""
 
 Encode = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch *shape"]]
 
@@ -70,6 +73,9 @@ def _opened(prompt: str, name: str) -> Image.Image:
             f'{name!r} {said}: give them with the prompt, as in {{"prompt": ..., "{IMAGE}": PATH, "{MASK}": PATH}}'
         )
     try:
-        return Image.open(Path(path).expanduser()).convert("L" if name == MASK else "RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        with Image.open(Path(path).expanduser()) as picture:
+            # turned as its camera was held, as diffusers and rewards read pictures
+            return ImageOps.exif_transpose(picture).convert("L" if name == MASK else "RGB")
+    # Pillow's readers of damaged files raise much
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"prompt {prompt[:60]!r}: {name} {path!r} cannot be read as a picture ({error})") from error

@@ -79,17 +79,24 @@ class EncodedTexts:
 
 
 def identity_of(settings: Mapping[str, Any], encoders: Iterable[nn.Module], tokenizers: Iterable[Any]) -> str:
-    """Hash of the weights and configurations of text encoders, the rules of their tokenizers, and settings."""
+    """Hash of the weights, adapters and configurations of text encoders, their tokenizers' rules, and settings."""
     parts: list[Any] = [dict(settings)]
     for encoder in encoders:
         config: Any = getattr(encoder, "config", None)
         parts += [type(encoder).__name__, config.to_dict() if hasattr(config, "to_dict") else None]
-        parts.append(fingerprint(encoder))
+        parts.append(fingerprint(encoder, adapters=True))
+        worn = [(name, *_worn(layer)) for name, layer in encoder.named_modules() if hasattr(layer, "_active_adapter")]
+        parts += [worn] if worn else []
     for tokenizer in tokenizers:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
         parts += [type(tokenizer).__name__, rules, str(getattr(tokenizer, "model_max_length", None))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _worn(layer: Any) -> tuple[bool, list[str], dict[str, float]]:
+    """Of a layer of ``peft``: whether its adapters are off, which are on, and how often each counts."""
+    return layer._disable_adapters, list(layer._active_adapter), dict(layer.scaling)
 
 
 def cache_folder(chosen: str | None) -> Path | None:
