@@ -127,12 +127,14 @@ def _means(curves: Sequence[Sequence[Reading]]) -> list[Point]:
 def save_crossover_picture(result: ArenaResult, path: Path) -> None:
     """N* over the reward, one line for every pair."""
     found = crossovers(result)
-    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9.5, 5), dpi=110, layout="constrained")
     axes, palette = figure.subplots(), colormaps["tab10"]
     methods = list(dict.fromkeys(one.trained for one in found))
-    marks = dict(zip(dict.fromkeys(one.steered for one in found), "os^DvPX<>*hd" * 9, strict=False))
+    steerers = list(dict.fromkeys(one.steered for one in found))
+    marks = dict(zip(steerers, "os^DvPX<>*hd" * 9, strict=False))
     for one in found:
-        colour = palette(methods.index(one.trained) % 10)
+        # one method alone leaves the colours to the steerers
+        colour = palette((methods.index(one.trained) if len(methods) > 1 else steerers.index(one.steered)) % 10)
         known, least = ([point for point in one.points if point.at_least == bound] for bound in (False, True))
         name, mark = plain(f"{one.trained} / {one.steered}"), marks[one.steered]
         axes.plot(
@@ -150,5 +152,5 @@ def save_crossover_picture(result: ArenaResult, path: Path) -> None:
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25, which="both")
     if found:
-        axes.legend(fontsize=8, frameon=False, loc="best")
+        figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     figure.savefig(path, metadata={"Software": None})
